@@ -1,0 +1,167 @@
+"""What operator and trainer promise each other: the configuration, the report, and the exit codes.
+
+The operator writes a TrainerConfig into the pod template (one environment variable, JSON), so it is a snapshot by nature.
+The trainer answers with TrainerReports, posted while it runs, and once as the container's termination message.
+"""
+
+import hashlib
+import json
+from enum import IntEnum
+from pathlib import PurePosixPath
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.alias_generators import to_camel
+
+from finetune_api import names
+from finetune_api.v1alpha1 import (
+    DatasetFormat,
+    FineTuneJobSpec,
+    Hyperparameters,
+    MethodType,
+    OutputStatus,
+    Resources,
+    Result,
+    Task,
+    TrainerStatus,
+)
+
+# The kubelet keeps this much of a termination message:
+# https://kubernetes.io/docs/tasks/debug/debug-application/determine-reason-pod-failure/
+MAX_TERMINATION_MESSAGE_BYTES = 4096
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer. Every other code is a bug or the machine."""
+
+    COMPLETE = 0
+    INTERNAL_ERROR = 1
+    INVALID_SPEC = 64
+    INVALID_DATA = 65
+    DIVERGED = 70
+    PREEMPTED = 75
+    MODEL_NOT_FOUND = 78
+
+
+# A retry would meet the same spec, data and model again.
+NEVER_RETRIED = frozenset({ExitCode.INVALID_SPEC, ExitCode.INVALID_DATA, ExitCode.MODEL_NOT_FOUND})
+
+
+class ContractModel(BaseModel):
+    """Base of what crosses between the programs: camelCase, immutable, and unknown fields refused (one image pair)."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+
+class TrainerConfig(ContractModel):
+    """All that a trainer needs to know: the spec's training fields with every location resolved to a path."""
+
+    namespace: str
+    name: str
+    run: str
+    attempt: int
+    task: Task
+    model_uri: str
+    model_path: str | None = None
+    """Folder of the mounted model; None for models that the trainer finds itself (timm://)."""
+    dataset_uri: str
+    dataset_path: str
+    dataset_format: DatasetFormat
+    validation_fraction: float
+    test_fraction: float
+    method: MethodType
+    hyperparameters: Hyperparameters
+    training_seconds: int | None = None
+    output_uri: str
+    output_path: str
+
+    @property
+    def work_path(self) -> str:
+        """Return the folder for features and checkpoints: beside the output, so that it outlives the pod."""
+        return str(PurePosixPath(self.output_path) / ".finetune")
+
+
+class FailureReport(ContractModel):
+    """Why the trainer gives up."""
+
+    reason: Annotated[str, StringConstraints(max_length=64, pattern="^[A-Z][A-Za-z0-9]*$")]
+    message: Annotated[str, StringConstraints(max_length=1024)]
+
+
+class TrainerReport(BaseModel):
+    """The state of a trainer: progress while it runs, the result or the failure in its last report.
+
+    Unknown fields are ignored, as trainers that are not ours report too.
+    """
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore")
+
+    trainer_status: TrainerStatus
+    output: OutputStatus | None = None
+    result: Result | None = None
+    failure: FailureReport | None = None
+    log_tail: Annotated[str | None, Field(max_length=1024)] = None
+
+
+def build_trainer_config(
+    spec: FineTuneJobSpec,
+    *,
+    namespace: str,
+    name: str,
+    attempt: int,
+    dataset_path: str | None = None,
+    output_path: str | None = None,
+) -> TrainerConfig:
+    """Return the configuration of one attempt, with `pvc://` URIs resolved to mount paths unless paths are given."""
+    return TrainerConfig(
+        namespace=namespace,
+        name=name,
+        run=compute_run(spec),
+        attempt=attempt,
+        task=spec.task,
+        model_uri=spec.model.uri,
+        model_path=resolve_mount(spec.model.uri, mount=names.MODEL_MOUNT) if claim_of(spec.model.uri) else None,
+        dataset_uri=spec.dataset.uri,
+        dataset_path=dataset_path or resolve_mount(spec.dataset.uri, mount=names.DATASET_MOUNT),
+        dataset_format=spec.dataset.format,
+        validation_fraction=spec.dataset.validation_fraction,
+        test_fraction=spec.dataset.test_fraction,
+        method=spec.method.type,
+        hyperparameters=spec.hyperparameters,
+        training_seconds=spec.budget.training_seconds,
+        output_uri=spec.output.uri,
+        output_path=output_path or resolve_mount(spec.output.uri, mount=names.OUTPUT_MOUNT),
+    )
+
+
+def claim_of(uri: str) -> str | None:
+    """Return the claim that a `pvc://CLAIM/PATH` URI names, or None for other schemes."""
+    scheme, _, rest = uri.partition("://")
+    return rest.split("/", 1)[0] if scheme == "pvc" else None
+
+
+def resolve_mount(uri: str, *, mount: str) -> str:
+    """Return the path that a `pvc://CLAIM/PATH` URI has when its claim is mounted at `mount`."""
+    _, _, path = uri.removeprefix("pvc://").partition("/")
+    return str(PurePosixPath(mount) / path)
+
+
+def compute_run(spec: FineTuneJobSpec) -> str:
+    """Return the run: 8 hexadecimal digits of the hash of the fields that shape the training and its result.
+
+    Defaults stay out of the hash, so that a field added in a later version of the API starts no new runs.
+    """
+    return _digest(
+        spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"suspend", "run_policy", "resources"})
+    )
+
+
+def compute_pod_shape(resources: Resources) -> str:
+    """Return 8 hexadecimal digits of the hash of what a pod requests; a change of it replaces the attempt, not the run."""
+    return _digest(resources.model_dump(mode="json", by_alias=True))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,59 @@
+"""Names that the operator, the trainer and the chart must agree on."""
+
+GROUP = "finetune.dev"
+VERSION = "v1alpha1"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+SINGULAR = "finetunejob"
+SHORT_NAME = "ftj"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "finetune-operator"
+LABEL_JOB = f"{GROUP}/job"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+LABEL_RUN = f"{GROUP}/run"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_POD_SHAPE = f"{GROUP}/pod-shape"
+ANNOTATION_CA = f"{GROUP}/ca.crt"
+
+FIELD_MANAGER = "finetune-operator"
+STATUS_FIELD_MANAGER = "finetune-operator-status"
+
+# One name for the container and the projected token's audience, so that a token of another service is never accepted.
+CONTAINER = "trainer"
+REPORT_AUDIENCE = "finetune.dev/reports"
+
+DATASET_MOUNT = "/mnt/dataset"
+MODEL_MOUNT = "/mnt/model"
+OUTPUT_MOUNT = "/mnt/output"
+REPORT_MOUNT = "/var/run/finetune"
+REPORT_TOKEN_FILE = f"{REPORT_MOUNT}/token"
+REPORT_CA_FILE = f"{REPORT_MOUNT}/ca.crt"
+TERMINATION_MESSAGE_FILE = "/dev/termination-log"
+
+ENV_TRAINER_CONFIG = "FINETUNE_TRAINER_CONFIG"
+# Names of Kubeflow Trainer's KEP-2779, so that trainers which already speak it report to this operator as well.
+ENV_REPORT_URL = "KUBEFLOW_TRAINER_SERVER_URL"
+ENV_REPORT_CA = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
+ENV_REPORT_TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  the name of a variable that holds a file's path
+
+PORT_REPORTS = 10443
+PORT_HEALTH = 8081
+PORT_METRICS = 8080
+
+# A child Job is called <job>-<run>-<attempt>; its pods add -<index>-<5 characters>, their host names -<index>: at most 63.
+MAX_NAME_LENGTH = 45
+
+
+def report_path(namespace: str, name: str) -> str:
+    """Return the URL path at which the progress of one FineTuneJob is received.
+
+    Source: Kubeflow Trainer KEP-2779 (trainer.kubeflow.org/v1alpha1, trainjobs/{name}/status).
+    """
+    return f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs/{name}/status"
+
+
+def child_name(job: str, run: str, attempt: int) -> str:
+    """Return the name of the batch/v1 Job that runs one attempt."""
+    return f"{job}-{run}-{attempt}"

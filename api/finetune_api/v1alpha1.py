@@ -1,0 +1,393 @@
+"""FineTuneJob `finetune.dev/v1alpha1` as pydantic models: the one source of the CRD, its documentation and its bounds.
+
+Attribute docstrings become the descriptions that `kubectl explain` prints, so each begins with the field's JSON name.
+Rules that span fields stand twice, side by side: as CEL for the API server (`x-kubernetes-validations`) and as a validator
+for local runs. tests/finetune_api holds both to the same table of cases.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+
+from finetune_api import names
+
+_SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
+_PVC = f"pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/{_SEGMENT})*"
+
+PvcUri = Annotated[str, StringConstraints(pattern=f"^{_PVC}$", max_length=512)]
+ModelUri = Annotated[str, StringConstraints(pattern=f"^(timm://[A-Za-z0-9_][A-Za-z0-9_.-]*|{_PVC})$", max_length=512)]
+# The subset of Kubernetes quantities that people write for CPU and memory: 500m, 2, 1.5, 4Gi, 900M.
+CpuQuantity = Annotated[
+    str, StringConstraints(pattern=r"^([1-9][0-9]{0,5}m|[1-9][0-9]{0,3}|[0-9]{1,4}\.[0-9]{1,3})$", max_length=16)
+]
+MemoryQuantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,14}(Mi|Gi|Ti|M|G|T)?$", max_length=20)]
+ShortText = Annotated[str, StringConstraints(max_length=64)]
+LongText = Annotated[str, StringConstraints(max_length=1024)]
+MetricText = Annotated[str, StringConstraints(max_length=64)]
+NameText = Annotated[str, StringConstraints(max_length=253)]
+
+
+def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """Return schema extras that hold CEL rules, given as (rule, message) pairs."""
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
+
+
+class ApiModel(BaseModel):
+    """Base of every API type: camelCase in JSON, immutable in Python, unknown fields ignored for version skew."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore", use_attribute_docstrings=True
+    )
+
+
+class ModelSource(ApiModel):
+    """The pretrained model to adapt."""
+
+    uri: ModelUri = "timm://tf_efficientnet_lite0"
+    """uri names the pretrained backbone: `timm://NAME` for any timm image model, or `pvc://CLAIM/PATH` for a folder with
+    config.json and model.safetensors (an earlier result of this operator, for example)."""
+
+
+class DatasetFormat(StrEnum):
+    """How the pictures and their labels are laid out."""
+
+    IMAGEFOLDER = "imagefolder"
+    CSV = "csv"
+
+
+_FRACTIONS = (
+    "self.validationFraction + self.testFraction <= 0.9",
+    "validationFraction + testFraction is over 0.9; leave at least a tenth of the data for training",
+)
+
+
+class Dataset(ApiModel):
+    """The labelled data to learn from."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_FRACTIONS))
+
+    uri: PvcUri
+    """uri is the folder with the data: `pvc://CLAIM/PATH`, in the namespace of the FineTuneJob. It is mounted read-only."""
+    format: DatasetFormat = DatasetFormat.IMAGEFOLDER
+    """format is the layout: `imagefolder` has one folder per class (optionally below train, val and test folders),
+    `csv` has a file labels.csv with the columns path, label and, optionally, split."""
+    validation_fraction: Annotated[float, Field(ge=0.05, le=0.5)] = 0.15
+    """validationFraction is the share of the data kept for choosing between models, used when the data names no
+    validation split. The split follows file contents: stratified by class, and duplicates stay on one side."""
+    test_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.15
+    """testFraction is the share of the data kept for the final measurement, used when the data names no test split.
+    0 means that no test metrics are reported."""
+
+    @model_validator(mode="after")
+    def _leave_data_for_training(self) -> Self:
+        if self.validation_fraction + self.test_fraction > 0.9:
+            raise ValueError(_FRACTIONS[1])
+        return self
+
+
+class MethodType(StrEnum):
+    """How the model is adapted."""
+
+    AUTO = "auto"
+    PROBE = "probe"
+    FULL = "full"
+
+
+class Method(ApiModel):
+    """How the pretrained model is adapted to the data."""
+
+    type: MethodType = MethodType.AUTO
+    """type is `probe` for a linear classifier on frozen features (seconds to a minute), `full` to fine-tune all layers from
+    that classifier, or `auto` to do the probe first and fine-tune when the budget and the data make it worthwhile. The
+    best candidate on the validation data is published, so the result is never worse than the probe."""
+
+
+class Precision(StrEnum):
+    """Number format of the training arithmetic."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+_EPOCHS_OR_STEPS = ("!(has(self.epochs) && has(self.maxSteps))", "epochs and maxSteps are both set; give one of them")
+
+
+class Hyperparameters(ApiModel):
+    """Training settings. Every one is optional, and the defaults are chosen from the data and the backbone."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_EPOCHS_OR_STEPS))
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """epochs is the number of passes over the training data in fine-tuning. Not together with maxSteps."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """maxSteps is the number of optimizer steps in fine-tuning. Not together with epochs."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """learningRate is the peak learning rate of the head. Earlier layers use smaller ones."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """batchSize is the number of examples per optimizer step, over all processes."""
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    """imageSize is the side of the square, in pixels, to which pictures are resized. Default: what the backbone was
+    trained with."""
+    precision: Precision = Precision.AUTO
+    """precision is `fp32`, `bf16` (automatic mixed precision) or `auto`: bf16 where the device is faster with it."""
+    seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 0
+    """seed fixes the split, the order of the data, the augmentation and the initial weights. The same seed, data and steps
+    give the same model."""
+
+
+class Resources(ApiModel):
+    """What each trainer pod requests, and may not exceed."""
+
+    cpu: CpuQuantity = "2"
+    """cpu is the number of cores, as a Kubernetes quantity: `2`, `1.5` or `500m`."""
+    memory: MemoryQuantity = "4Gi"
+    """memory is the amount of memory, as a Kubernetes quantity such as `4Gi`."""
+
+
+class Budget(ApiModel):
+    """How much the job may spend."""
+
+    training_seconds: Annotated[int, Field(ge=10, le=31_536_000)] | None = None
+    """trainingSeconds is the wall-clock time of the trainer process, in seconds, features and probe included. The learning
+    rate schedule reaches zero exactly at its end, and the model is published within a tenth of it after that. Without a
+    budget the recipe decides on the number of steps."""
+
+
+class Output(ApiModel):
+    """Where the fine-tuned model goes."""
+
+    uri: PvcUri
+    """uri is the folder that receives the model: `pvc://CLAIM/PATH`, in the namespace of the FineTuneJob. The files are
+    complete when the file COMPLETE is there. Intermediate files are kept beside them in the folder .finetune."""
+
+
+class RunPolicy(ApiModel):
+    """What happens around the training itself."""
+
+    backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
+    """backoffLimit is the number of retries after failed attempts, before the job is marked Failed. Failures that a retry
+    cannot mend (an invalid spec, unusable data, a missing model) are never retried."""
+
+
+class Task(StrEnum):
+    """What the model is to learn."""
+
+    IMAGE_CLASSIFICATION = "image-classification"
+
+
+_PROBE_SETTINGS = ("epochs", "maxSteps", "learningRate")
+_PROBE = (
+    "!(has(self.method.type) && self.method.type == 'probe') || !has(self.hyperparameters) || "
+    "!(" + " || ".join(f"has(self.hyperparameters.{name})" for name in _PROBE_SETTINGS) + ")",
+    "method.type probe trains no layers of the backbone, so hyperparameters epochs, maxSteps and learningRate do not apply; "
+    "remove them or choose method.type full",
+)
+_OUTPUT = (
+    "self.output.uri != self.dataset.uri && !self.output.uri.startsWith(self.dataset.uri + '/')",
+    "output.uri lies inside dataset.uri; the model would become part of the data, so give another folder",
+)
+
+
+class FineTuneJobSpec(ApiModel):
+    """What to train, on what, and how."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_PROBE, _OUTPUT))
+
+    task: Task
+    """task is what the model learns: `image-classification` assigns one of several labels to a picture."""
+    model: ModelSource = ModelSource()
+    """model is the pretrained model to adapt."""
+    dataset: Dataset
+    """dataset is the labelled data to learn from."""
+    method: Method = Method()
+    """method says how the model is adapted."""
+    hyperparameters: Hyperparameters = Hyperparameters()
+    """hyperparameters override single training settings. None of them is needed."""
+    resources: Resources = Resources()
+    """resources are what each trainer pod requests, and may not exceed."""
+    budget: Budget = Budget()
+    """budget limits what the job may spend."""
+    output: Output
+    """output is where the fine-tuned model goes."""
+    suspend: bool = False
+    """suspend, when true, deletes the pods of the job and keeps its progress. Set it to false to go on."""
+    run_policy: RunPolicy = RunPolicy()
+    """runPolicy says what happens around the training itself, such as retries."""
+
+    @model_validator(mode="after")
+    def _allow_only_settings_that_apply(self) -> Self:
+        unused = (self.hyperparameters.epochs, self.hyperparameters.max_steps, self.hyperparameters.learning_rate)
+        if self.method.type is MethodType.PROBE and any(value is not None for value in unused):
+            raise ValueError(_PROBE[1])
+        if f"{self.output.uri}/".startswith(f"{self.dataset.uri}/"):
+            raise ValueError(_OUTPUT[1])
+        return self
+
+    @model_validator(mode="after")
+    def _have_one_length(self) -> Self:
+        if self.hyperparameters.epochs is not None and self.hyperparameters.max_steps is not None:
+            raise ValueError(f"hyperparameters: {_EPOCHS_OR_STEPS[1]}")
+        return self
+
+
+class ConditionStatus(StrEnum):
+    """Status of a condition as in metav1.Condition."""
+
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class Condition(ApiModel):
+    """One aspect of the state, in the shape of metav1.Condition."""
+
+    type: Annotated[str, StringConstraints(max_length=316)]
+    """type is the name of the condition, such as Ready or Complete."""
+    status: ConditionStatus
+    """status is True, False or Unknown."""
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern="^[A-Za-z]([A-Za-z0-9_]*[A-Za-z0-9_])?$")]
+    """reason is one CamelCase word for the cause of the last transition."""
+    message: Annotated[str, StringConstraints(max_length=4096)]
+    """message says the same to a person, in a sentence."""
+    last_transition_time: datetime
+    """lastTransitionTime is when status last changed."""
+    observed_generation: Annotated[int, Field(ge=0)]
+    """observedGeneration is the metadata.generation that the condition was derived from."""
+
+
+class Metric(ApiModel):
+    """One measured value. Text, because Kubernetes APIs hold no floating point numbers."""
+
+    name: MetricText
+    """name is the name of the metric, such as loss or val_accuracy."""
+    value: MetricText
+    """value is the decimal value."""
+
+
+class ResultMetric(ApiModel):
+    """One measured value of the published model, with its 95 % confidence interval."""
+
+    name: MetricText
+    """name is the name of the metric with its split in front, such as test_accuracy."""
+    value: MetricText
+    """value is the decimal value."""
+    low: MetricText | None = None
+    """low is the lower end of the 95 % bootstrap interval."""
+    high: MetricText | None = None
+    """high is the upper end of the 95 % bootstrap interval."""
+
+
+class TrainerStatus(ApiModel):
+    """Progress as reported by the trainer, with the names and units of Kubeflow's KEP-2779."""
+
+    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
+    """progressPercentage is how much of the training is done, from 0 to 100."""
+    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
+    """estimatedRemainingSeconds is the time that is probably left."""
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})] = ()
+    """metrics are the latest values that the trainer reported."""
+    last_updated_time: datetime | None = None
+    """lastUpdatedTime is when the trainer made this report."""
+
+
+class OutputStatus(ApiModel):
+    """The published model."""
+
+    uri: LongText
+    """uri is the folder that holds the model."""
+    digest: Annotated[str, StringConstraints(max_length=80)]
+    """digest is `sha256:` and the SHA-256 of the model's manifest.json, which lists the digest of every file."""
+    bytes: Annotated[int, Field(ge=0)]
+    """bytes is the size of all files of the model."""
+
+
+class Result(ApiModel):
+    """What was measured on the published model."""
+
+    candidate: ShortText | None = None
+    """candidate is the kind of model that won on the validation data, such as probe or finetuned."""
+    metrics: Annotated[
+        tuple[ResultMetric, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = ()
+    """metrics are the measured values with their confidence intervals."""
+    warnings: Annotated[tuple[LongText, ...], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})] = ()
+    """warnings are findings that did not stop the training, such as files that could not be read."""
+
+
+class Failure(ApiModel):
+    """The last failed attempt."""
+
+    reason: ShortText
+    """reason is one CamelCase word for the cause."""
+    message: LongText
+    """message says what happened and what to do."""
+    attempt: Annotated[int, Field(ge=0)]
+    """attempt is the number of the failed attempt."""
+    exit_code: int | None = None
+    """exitCode is the exit code of the trainer container, if it ran."""
+    pod: NameText | None = None
+    """pod is the name of the failed pod."""
+    node: NameText | None = None
+    """node is the name of the node that it ran on."""
+    container: ShortText | None = None
+    """container is the name of the failed container."""
+    log_tail: LongText | None = None
+    """logTail is the end of the container's output."""
+
+
+class FineTuneJobStatus(ApiModel):
+    """What the operator observed. Written by the operator alone."""
+
+    observed_generation: Annotated[int, Field(ge=0)] | None = None
+    """observedGeneration is the metadata.generation that this status was derived from."""
+    run: ShortText | None = None
+    """run identifies the training: a hash of the fields that shape it. A change of one of them starts a new run."""
+    attempt: Annotated[int, Field(ge=0)] = 0
+    """attempt is the number of the current attempt within the run. The first is 1."""
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """restarts is how often the run was retried after a failure."""
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = ()
+    """conditions are Ready, Stalled, Suspended, Scheduled, Running, Complete and Failed. The reason of Ready is the STATE
+    that `kubectl get` shows."""
+    start_time: datetime | None = None
+    """startTime is when a trainer of the current run first started."""
+    completion_time: datetime | None = None
+    """completionTime is when the current run became Complete or Failed."""
+    trainer_status: TrainerStatus | None = None
+    """trainerStatus is the progress as reported by the trainer."""
+    metric: ShortText | None = None
+    """metric is the task's main metric for people: the last one reported, then that of the result."""
+    output: OutputStatus | None = None
+    """output is the published model."""
+    result: Result | None = None
+    """result is what was measured on the published model."""
+    failure: Failure | None = None
+    """failure describes the last failed attempt."""
+
+
+_NAME = (
+    f"self.metadata.name.size() <= {names.MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+    f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and hyphens, and begin with a letter, "
+    "because the names of Jobs, pods and hosts are made from it",
+)
+
+
+class FineTuneJob(ApiModel):
+    """A FineTuneJob adapts a pretrained model to your data and publishes the result."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_NAME))
+
+    spec: FineTuneJobSpec
+    """spec is what to train, on what, and how."""
+    status: FineTuneJobStatus | None = None
+    """status is what the operator observed."""
+
+
+StateReason = Literal["Pending", "Running", "Suspended", "Complete", "Failed"]

@@ -1,0 +1,1 @@
+"""The operator: watches FineTuneJobs, runs their trainers as Jobs, and keeps their status true."""

@@ -1,0 +1,1 @@
+"""Pure builders of child manifests, one kind each."""

@@ -1,0 +1,142 @@
+"""The batch/v1 Job that runs one attempt (pure)."""
+
+from typing import Any
+
+from finetune_api import names
+from finetune_api.contract import TrainerConfig, build_trainer_config, claim_of, compute_pod_shape
+from finetune_api.v1alpha1 import FineTuneJobSpec
+
+from finetune_operator.observed import JobView
+from finetune_operator.settings import TrainerSettings
+
+_USER = 65532
+
+
+def build_job(job: JobView, spec: FineTuneJobSpec, *, attempt: int, settings: TrainerSettings) -> dict[str, Any]:
+    """Return the Job of an attempt: Indexed, never retried by Kubernetes itself, as the operator decides on that."""
+    config = build_trainer_config(spec, namespace=job.namespace, name=job.name, attempt=attempt)
+    labels = _build_labels(job, spec, config=config)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": names.child_name(job.name, config.run, attempt),
+            "namespace": job.namespace,
+            "labels": labels,
+            "ownerReferences": [
+                {
+                    "apiVersion": names.API_VERSION,
+                    "kind": names.KIND,
+                    "name": job.name,
+                    "uid": job.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": 0,
+            # A pod counts as failed only when it is gone, so that two attempts never write at once.
+            "podReplacementPolicy": "Failed",
+            "template": {
+                "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca}},
+                "spec": _build_pod_spec(spec, config=config, settings=settings),
+            },
+        },
+    }
+
+
+def _build_labels(job: JobView, spec: FineTuneJobSpec, *, config: TrainerConfig) -> dict[str, str]:
+    return {
+        names.LABEL_MANAGED_BY: names.MANAGED_BY,
+        names.LABEL_JOB: job.name,
+        names.LABEL_JOB_UID: job.uid,
+        names.LABEL_RUN: config.run,
+        names.LABEL_ATTEMPT: str(config.attempt),
+        names.LABEL_POD_SHAPE: compute_pod_shape(spec.resources),
+    }
+
+
+def _build_pod_spec(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: TrainerSettings) -> dict[str, Any]:
+    claims = _list_claims(spec)
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.termination_grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_build_container(spec, config=config, settings=settings)],
+        "volumes": [
+            *({"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim, _, _ in claims),
+            {"name": "report", "projected": {"sources": _build_report_sources()}},
+            {"name": "tmp", "emptyDir": {}},
+        ],
+    }
+
+
+def _build_container(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: TrainerSettings) -> dict[str, Any]:
+    amounts = {"cpu": spec.resources.cpu, "memory": spec.resources.memory}
+    url = settings.report_url + names.report_path(config.namespace, config.name)
+    return {
+        "name": names.CONTAINER,
+        "image": settings.image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "env": [
+            {"name": names.ENV_TRAINER_CONFIG, "value": config.model_dump_json(by_alias=True, exclude_none=True)},
+            {"name": names.ENV_REPORT_URL, "value": url},
+            {"name": names.ENV_REPORT_CA, "value": names.REPORT_CA_FILE},
+            {"name": names.ENV_REPORT_TOKEN, "value": names.REPORT_TOKEN_FILE},
+            # The root file system is read-only: caches of the libraries go to the pod's own temporary folder.
+            {"name": "HOME", "value": "/tmp"},  # noqa: S108
+        ],
+        "resources": {"requests": amounts, "limits": amounts},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "terminationMessagePath": names.TERMINATION_MESSAGE_FILE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            *(
+                {"name": name, "mountPath": path} | ({"readOnly": True} if is_read_only else {})
+                for name, _, path, is_read_only in _list_claims(spec)
+            ),
+            {"name": "report", "mountPath": names.REPORT_MOUNT, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        ],
+    }
+
+
+def _list_claims(spec: FineTuneJobSpec) -> tuple[tuple[str, str, str, bool], ...]:
+    """Return volume name, claim, mount path and whether it is read-only, for every `pvc://` URI of the spec."""
+    uris = (
+        ("model", spec.model.uri, names.MODEL_MOUNT, True),
+        ("dataset", spec.dataset.uri, names.DATASET_MOUNT, True),
+        ("output", spec.output.uri, names.OUTPUT_MOUNT, False),
+    )
+    return tuple(
+        (name, claim, path, is_read_only) for name, uri, path, is_read_only in uris if (claim := claim_of(uri)) is not None
+    )
+
+
+def _build_report_sources() -> list[dict[str, Any]]:
+    """Return the sources of the report volume: a token for our receiver alone, and the CA from the pod's own annotation."""
+    return [
+        {"serviceAccountToken": {"audience": names.REPORT_AUDIENCE, "expirationSeconds": 3600, "path": "token"}},
+        {
+            "downwardAPI": {
+                "items": [{"path": "ca.crt", "fieldRef": {"fieldPath": f"metadata.annotations['{names.ANNOTATION_CA}']"}}]
+            }
+        },
+    ]

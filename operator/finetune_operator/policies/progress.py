@@ -1,0 +1,64 @@
+"""Which report is shown, and when progress alone is worth a write (pure)."""
+
+from datetime import datetime, timedelta
+
+from finetune_api.contract import TrainerReport
+from finetune_api.v1alpha1 import FineTuneJobStatus, Metric, ResultMetric, TrainerStatus
+from pydantic import ValidationError
+
+from finetune_operator.observed import ChildView, Observed, PodView
+
+# The task's main metric while it trains, best first.
+_MAIN_METRICS = ("val_accuracy", "probe_val_accuracy", "loss")
+
+
+def parse_termination_message(message: str | None) -> TrainerReport | None:
+    """Return the report that a trainer left, or None when the message is something else, such as the end of a log."""
+    if not message:
+        return None
+    try:
+        return TrainerReport.model_validate_json(message)
+    except ValidationError:
+        return None
+
+
+def find_report(observed: Observed, child: ChildView, *, pod: PodView | None) -> TrainerReport | None:
+    """Return the last word of an attempt: its termination message, else the last report that was received from it."""
+    final = parse_termination_message(pod.termination_message if pod else None)
+    if final:
+        return final
+    received = observed.report
+    if received and (received.run, received.attempt) == (child.run, child.attempt):
+        return received.report
+    return None
+
+
+def merge_trainer_status(previous: TrainerStatus | None, observed: Observed, *, child: ChildView) -> TrainerStatus | None:
+    """Return the progress to show: a newer report of this attempt with the time of its receipt, else what was shown."""
+    received = observed.report
+    if received is None or (received.run, received.attempt) != (child.run, child.attempt):
+        return previous
+    if previous and previous.last_updated_time and previous.last_updated_time >= received.received_at:
+        return previous
+    return received.report.trainer_status.model_copy(update={"last_updated_time": received.received_at})
+
+
+def describe_metric(metrics: tuple[Metric, ...] | tuple[ResultMetric, ...]) -> str | None:
+    """Return the main metric as `name=value`: the first of a result, the most telling one of a progress report."""
+    by_name: dict[str, Metric | ResultMetric] = {metric.name: metric for metric in metrics}
+    if metrics and isinstance(metrics[0], ResultMetric):
+        chosen: Metric | ResultMetric | None = metrics[0]
+    else:
+        chosen = next((by_name[name] for name in _MAIN_METRICS if name in by_name), None)
+    return f"{chosen.name}={chosen.value}"[:64] if chosen else None
+
+
+def compute_progress_delay(old: FineTuneJobStatus, new: FineTuneJobStatus, *, now: datetime, interval_seconds: float) -> float:
+    """Return for how many seconds a status write can wait: 0 unless only progress changed since a recent write."""
+    without = {"trainer_status": None, "metric": None}
+    if old.model_copy(update=without) != new.model_copy(update=without):
+        return 0
+    if old.trainer_status is None or old.trainer_status.last_updated_time is None:
+        return 0
+    due = old.trainer_status.last_updated_time + timedelta(seconds=interval_seconds)
+    return max(0.0, (due - now).total_seconds())

@@ -1,0 +1,74 @@
+"""The child Job as YAML, and the promises it keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.contract import TrainerConfig
+from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.manifests.job import build_job
+from finetune_operator.observed import JobView
+from finetune_operator.settings import TrainerSettings
+
+_SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
+
+
+def _build(**fields: Any) -> dict[str, Any]:
+    spec = FineTuneJobSpec.model_validate(
+        {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
+        | fields
+    )
+    job = JobView(
+        namespace="team",
+        name="emoji",
+        uid="0b6e",
+        generation=1,
+        resource_version="7",
+        deleting=False,
+        spec=spec,
+        spec_error=None,
+        status=FineTuneJobStatus(),
+    )
+    return build_job(job, spec, attempt=2, settings=_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        pytest.param("job-minimal.yaml", {}, id="fewest fields"),
+        pytest.param(
+            "job-own-model.yaml",
+            {
+                "model": {"uri": "pvc://models/base"},
+                "method": {"type": "full"},
+                "hyperparameters": {"maxSteps": 50, "imageSize": 128, "seed": 3},
+                "resources": {"cpu": "500m", "memory": "1Gi"},
+                "budget": {"trainingSeconds": 120},
+            },
+            id="own model, steps and a budget",
+        ),
+    ],
+)
+def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fields: dict[str, Any]) -> None:
+    golden(name, yaml.safe_dump(_build(**fields), sort_keys=False))
+
+
+def test_configuration_in_the_pod_reads_back() -> None:
+    container = _build(hyperparameters={"maxSteps": 5})["spec"]["template"]["spec"]["containers"][0]
+    value = next(each["value"] for each in container["env"] if each["name"] == "FINETUNE_TRAINER_CONFIG")
+
+    config = TrainerConfig.model_validate_json(value)
+
+    assert ("/mnt/dataset/pictures", "/mnt/output/out", 5, 2) == (
+        config.dataset_path,
+        config.output_path,
+        config.hyperparameters.max_steps,
+        config.attempt,
+    )
+
+
+def test_only_the_output_is_writable() -> None:
+    mounts = _build(model={"uri": "pvc://models/base"})["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+
+    assert ["/mnt/output", "/tmp"] == [each["mountPath"] for each in mounts if not each.get("readOnly")]

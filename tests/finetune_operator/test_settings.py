@@ -1,0 +1,46 @@
+"""Settings come from the environment and name what is wrong with it."""
+
+from typing import Any
+
+import pytest
+from finetune_operator.settings import load_settings
+from pydantic import ValidationError
+
+_VALID = {
+    "FINETUNE_TRAINER_IMAGE": "trainer:1",
+    "FINETUNE_REPORT_URL": "https://operator:10443",
+    "FINETUNE_REPORT_CA_FILE": "/tls/ca.crt",
+    "FINETUNE_TLS_CERTIFICATE_FILE": "/tls/tls.crt",
+    "FINETUNE_TLS_KEY_FILE": "/tls/tls.key",
+    "PATH": "/bin",
+}
+
+
+def test_namespaces_are_split_at_commas() -> None:
+    assert ("a", "b") == load_settings(_VALID | {"FINETUNE_NAMESPACES": "a, b,"}).namespaces
+
+
+def test_no_namespaces_mean_all() -> None:
+    assert () == load_settings(_VALID).namespaces
+
+
+def test_variables_of_other_programs_are_ignored() -> None:
+    assert load_settings(_VALID | {"FINETUNE_OPERATOR_PORT": "tcp://10.0.0.1:80"}) == load_settings(_VALID)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        pytest.param({"FINETUNE_WORKERS": "0"}, "workers", id="no worker"),
+        pytest.param({"FINETUNE_LOG_FORMAT": "xml"}, "log_format", id="unknown format"),
+        pytest.param({"FINETUNE_API_REQUESTS_PER_SECOND": "fast"}, "api_requests_per_second", id="not a number"),
+    ],
+)
+def test_a_wrong_value_is_named(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        load_settings(_VALID | change)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ValidationError, match="trainer_image"):
+        load_settings({key: value for key, value in _VALID.items() if key != "FINETUNE_TRAINER_IMAGE"})
