@@ -35,12 +35,19 @@ class ExitCode(IntEnum):
     """Exit codes of the trainer. Every other code is a bug or the machine."""
 
     COMPLETE = 0
+    """The model is published."""
     INTERNAL_ERROR = 1
+    """A bug or the machine; the log says more."""
     INVALID_SPEC = 64
+    """The spec asks for something that cannot be done."""
     INVALID_DATA = 65
+    """The data cannot be learned from: no pictures, one class only, a missing file."""
     DIVERGED = 70
+    """The loss became infinite or not a number."""
     PREEMPTED = 75
+    """The pod was asked to stop, and what was done so far is saved."""
     MODEL_NOT_FOUND = 78
+    """The pretrained model is not where the spec says."""
 
 
 # A retry would meet the same spec, data and model again.

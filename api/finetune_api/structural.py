@@ -47,7 +47,14 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
             result[key] = value
         else:
             raise UnsupportedSchemaError(f"{'.'.join(path)}: a structural schema cannot hold {key!r}")
+    if isinstance(result.get("default"), dict):
+        result["default"] = _strip_default(result["default"], result["properties"])
     return result
+
+
+def _strip_default(default: JsonSchema, properties: JsonSchema) -> JsonSchema:
+    """Return what an object's default adds to its properties' own: the API server fills those in, and refuses nulls."""
+    return {name: value for name, value in default.items() if value is not None and value != properties[name].get("default")}
 
 
 def _resolve(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]) -> JsonSchema:

@@ -5,34 +5,81 @@ Rules that span fields stand twice, side by side: as CEL for the API server (`x-
 for local runs. tests/finetune_api holds both to the same table of cases.
 """
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_api import names
-
-_SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
-_PVC = f"pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/{_SEGMENT})*"
-
-PvcUri = Annotated[str, StringConstraints(pattern=f"^{_PVC}$", max_length=512)]
-ModelUri = Annotated[str, StringConstraints(pattern=f"^(timm://[A-Za-z0-9_][A-Za-z0-9_.-]*|{_PVC})$", max_length=512)]
-# The subset of Kubernetes quantities that people write for CPU and memory: 500m, 2, 1.5, 4Gi, 900M.
-CpuQuantity = Annotated[
-    str, StringConstraints(pattern=r"^([1-9][0-9]{0,5}m|[1-9][0-9]{0,3}|[0-9]{1,4}\.[0-9]{1,3})$", max_length=16)
-]
-MemoryQuantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,14}(Mi|Gi|Ti|M|G|T)?$", max_length=20)]
-ShortText = Annotated[str, StringConstraints(max_length=64)]
-LongText = Annotated[str, StringConstraints(max_length=1024)]
-MetricText = Annotated[str, StringConstraints(max_length=64)]
-NameText = Annotated[str, StringConstraints(max_length=253)]
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
     """Return schema extras that hold CEL rules, given as (rule, message) pairs."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
+
+
+class Pattern:
+    """A regular expression that explains itself: a bare `pattern` in the schema would be refused with the expression alone.
+
+    The expression must mean the same in Python and in RE2, and hold neither quotes nor backslashes.
+    """
+
+    def __init__(self, expression: str, *, message: str) -> None:
+        self._expression = re.compile(expression)
+        self._message = message
+
+    def validate(self, value: str) -> str:
+        """Return the value, or raise ValueError with the explanation."""
+        if self._expression.fullmatch(value) is None:
+            raise ValueError(f"{value[:64]!r}: {self._message}")
+        return value
+
+    def build_rule(self) -> dict[str, Any]:
+        """Return the same as a CEL rule."""
+        return rules((f"self.matches('^({self._expression.pattern})$')", self._message))
+
+
+_SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
+_PVC = f"pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/{_SEGMENT})*"
+_PVC_URI = Pattern(
+    _PVC,
+    message="uri must be pvc://CLAIM/PATH, such as pvc://datasets/pets: the name of a PersistentVolumeClaim and a folder in it; "
+    "names in the path are letters, digits, '.', '_' and '-', and do not begin with '.' or '-'",
+)
+_MODEL_URI = Pattern(
+    f"timm://{_SEGMENT}|{_PVC}",
+    message="uri must be timm://NAME, such as timm://resnet18, or pvc://CLAIM/PATH, the folder of a model in a "
+    "PersistentVolumeClaim",
+)
+# The subset of Kubernetes quantities that people write.
+_CPU = Pattern(
+    "[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}([.][0-9]{1,3})?|0[.]([1-9][0-9]{0,2}|0[1-9][0-9]?|00[1-9])",
+    message="cpu must be a number of cores over zero, such as 2, 1.5 or 500m",
+)
+_MEMORY = Pattern(
+    "[1-9][0-9]{0,8}(Mi|Gi|Ti|M|G|T)",
+    message="memory must be a whole number with a unit of Mi, Gi, Ti, M, G or T, such as 4Gi",
+)
+
+PvcUri = Annotated[
+    str, StringConstraints(max_length=512), AfterValidator(_PVC_URI.validate), Field(json_schema_extra=_PVC_URI.build_rule())
+]
+ModelUri = Annotated[
+    str, StringConstraints(max_length=512), AfterValidator(_MODEL_URI.validate), Field(json_schema_extra=_MODEL_URI.build_rule())
+]
+CpuQuantity = Annotated[
+    str, StringConstraints(max_length=16), AfterValidator(_CPU.validate), Field(json_schema_extra=_CPU.build_rule())
+]
+MemoryQuantity = Annotated[
+    str, StringConstraints(max_length=20), AfterValidator(_MEMORY.validate), Field(json_schema_extra=_MEMORY.build_rule())
+]
+ShortText = Annotated[str, StringConstraints(max_length=64)]
+LongText = Annotated[str, StringConstraints(max_length=1024)]
+MetricText = Annotated[str, StringConstraints(max_length=64)]
+NameText = Annotated[str, StringConstraints(max_length=253)]
 
 
 class ApiModel(BaseModel):

@@ -1,0 +1,213 @@
+"""`python -m finetune_operator`: put the parts together and run them until a signal."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+
+from prometheus_client import disable_created_metrics, start_http_server
+from pydantic import ValidationError
+
+from finetune_operator import handlers
+from finetune_operator.audit import Auditor
+from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resource
+from finetune_operator.controller import Controller
+from finetune_operator.errors import OperatorError, StartError
+from finetune_operator.health import Health, HealthServer
+from finetune_operator.logs import configure_logging
+from finetune_operator.metrics import QUEUE_WAIT_SECONDS, WATCH_EVENTS, Metrics
+from finetune_operator.queue import WorkQueue
+from finetune_operator.recorder import Recorder
+from finetune_operator.reports import ReportReceiver, ReportServer
+from finetune_operator.settings import Settings, load_settings, load_trainer_settings
+from finetune_operator.store import Store
+from finetune_operator.views import Key, Kind, RawObject
+
+logger = logging.getLogger("finetune_operator")
+
+_FINISH_SECONDS = 10.0
+
+
+class Operator:
+    """All parts of one operator process."""
+
+    def __init__(self, settings: Settings, cluster: Cluster, *, metrics: Metrics) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._metrics = metrics
+        self._store = Store()
+        self._queue: WorkQueue[Key] = WorkQueue(
+            clock=time.monotonic, observe_wait=lambda seconds: metrics.observe(QUEUE_WAIT_SECONDS, seconds)
+        )
+        self._recorder = Recorder(cluster, instance=socket.gethostname(), clock=_now, metrics=metrics)
+        self._auditor = Auditor(
+            cluster,
+            store=self._store,
+            enqueue=self._queue.add,
+            namespaces=settings.namespaces,
+            interval_seconds=settings.audit_seconds,
+            metrics=metrics,
+        )
+        self._health = Health(
+            watchers=handlers.name_watchers(settings.namespaces),
+            max_audit_age_seconds=3 * settings.audit_seconds + 120,
+            read_audit_age=lambda: self._auditor.age_seconds,
+        )
+        receiver = ReportReceiver(store=self._store, reviewer=cluster, enqueue=self._queue.add, metrics=metrics, clock=_now)
+        self._report_server = ReportServer(
+            receiver,
+            address=settings.bind_address,
+            port=settings.report_port,
+            certificate=settings.tls_certificate_file,
+            key=settings.tls_key_file,
+        )
+        self._controller = Controller(
+            store=self._store,
+            queue=self._queue,
+            cluster=cluster,
+            recorder=self._recorder,
+            metrics=metrics,
+            settings=load_trainer_settings(settings),
+            clock=_now,
+        )
+        self._stop = asyncio.Event()
+        self._synced = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Run until a signal, or until a part fails; then stop the others and raise its error."""
+        # kopf sets its own handlers when it starts; a signal before that must not be lost, as process 1 ignores it by default.
+        self._catch_signals()
+        self._metrics.watch_states(self._store.count_states)
+        self._metrics.watch_queue(self._queue.__len__)
+        health_server = HealthServer(self._health, address=self._settings.bind_address, port=self._settings.health_port)
+        metrics_server, metrics_thread = start_http_server(
+            self._settings.metrics_port, addr=self._settings.bind_address, registry=self._metrics.registry
+        )
+        health_server.start()
+        await self._report_server.start()
+        # kopf cancels every task that is younger than its own, so ours come first.
+        self._start(self._health.beat(), name="health beat")
+        self._start(self._recorder.run(), name="event recorder")
+        self._start(self._audit(), name="auditor")
+        self._start(self._work(), name="workers")
+        try:
+            await handlers.watch(
+                self._cluster,
+                namespaces=self._settings.namespaces,
+                receive=self._receive,
+                stop=self._stop,
+                clean_up=self._finish,
+            )
+        finally:
+            await self._finish()
+            await _cancel(self._tasks)
+            await asyncio.gather(asyncio.to_thread(health_server.stop), asyncio.to_thread(metrics_server.shutdown))
+            metrics_server.server_close()
+            metrics_thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _receive(self, kind: Kind, raw: RawObject, is_deleted: bool) -> None:  # noqa: FBT001  the shape that kopf's events have
+        self._metrics.count(WATCH_EVENTS, resource=kind.value)
+        key = self._store.observe(kind, raw, is_deleted=is_deleted)
+        if key is not None:
+            self._queue.add(key)
+
+    async def _audit(self) -> None:
+        await self._auditor.wait_until_synced()
+        self._health.is_synced = True
+        self._synced.set()
+        logger.info("synced: %d FineTuneJobs", len(self._store.jobs))
+        await self._auditor.run()
+
+    async def _work(self) -> None:
+        """Start the workers once all is seen; leader election will have its place here as well."""
+        await self._synced.wait()
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._settings.workers):
+                group.create_task(self._controller.run_worker(), name=f"worker {number}")
+
+    async def _finish(self) -> None:
+        """End the work in flight and close the connections; what is left undone is found again at the next start."""
+        # kopf's own handlers fail at a second signal, and its waiter for the flag would be waited for in vain.
+        self._catch_signals()
+        self._stop.set()
+        self._queue.close()
+        await self._report_server.stop()
+        workers = [task for task in self._tasks if task.get_name() == "workers"]
+        if self._synced.is_set() and workers:
+            _, late = await asyncio.wait(workers, timeout=_FINISH_SECONDS)
+            for task in late:
+                task.cancel()
+            try:
+                await asyncio.wait_for(self._recorder.flush(), timeout=2)
+            except TimeoutError:
+                logger.warning("some events could not be recorded")
+
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+
+    def _start(self, work: Coroutine[None, None, None], *, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._note_end)
+        self._tasks.append(task)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Stop the operator when one of its parts fails: half of it would look alive and do nothing."""
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
+            self._stop.set()
+
+
+async def run(settings: Settings) -> None:
+    """Connect to the API server and run the operator."""
+    metrics = Metrics()
+    client = ClientSettings(
+        requests_per_second=settings.api_requests_per_second, burst=settings.api_burst, connections=settings.api_connections
+    )
+    cluster = await Cluster.connect(client, metrics=metrics)
+    try:
+        await check_custom_resource(cluster, namespace=next(iter(settings.namespaces), None))
+        await Operator(settings, cluster, metrics=metrics).run()
+    finally:
+        await cluster.close()
+
+
+def main() -> int:
+    """Run the operator and return the exit status."""
+    try:
+        settings = load_settings()
+    except ValidationError as error:
+        for each in error.errors(include_url=False):
+            print(f"FINETUNE_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}", file=sys.stderr)  # noqa: T201
+        return 1
+    configure_logging(level=settings.log_level, format=settings.log_format)
+    disable_created_metrics()
+    try:
+        asyncio.run(run(settings))
+    except (OperatorError, OSError) as error:
+        logger.error("%s", error, exc_info=not isinstance(error, StartError))  # noqa: TRY400
+        return 1
+    logger.info("stopped")
+    return 0
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

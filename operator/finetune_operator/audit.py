@@ -1,0 +1,147 @@
+"""Compare what was seen with what the API server has, at the start and from time to time.
+
+Watches lose deletions when they have to list anew, and a watch can end without a word. The audit finds both: it purges what is
+gone, and when a change has not arrived for a minute, it ends the process, as a fresh start is the one sure repair.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+from finetune_operator.cluster import Listing
+from finetune_operator.errors import ApiError, DeafWatchError
+from finetune_operator.metrics import AUDIT_PURGES, AUDITS_DONE, Metrics
+from finetune_operator.store import Store
+from finetune_operator.views import Key, Kind
+
+logger = logging.getLogger(__name__)
+
+_DEAF_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_RELIST_SECONDS = 10.0
+
+Versions = dict[tuple[Kind, str], tuple[Key, int]]
+"""Key and resourceVersion of objects by kind and uid."""
+
+
+class Lister(Protocol):
+    """Where the truth is listed."""
+
+    async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
+        """Return what exists of a kind."""
+
+
+class Auditor:
+    """Compares the store with the API server."""
+
+    def __init__(
+        self,
+        lister: Lister,
+        *,
+        store: Store,
+        enqueue: Callable[[Key], None],
+        namespaces: tuple[str, ...],
+        interval_seconds: float,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._lister = lister
+        self._store = store
+        self._enqueue = enqueue
+        self._namespaces: tuple[str | None, ...] = namespaces or (None,)
+        self._interval_seconds = interval_seconds
+        self._metrics = metrics
+        self._clock = clock
+        self._sleep = sleep
+        self._audited_at = clock()
+
+    @property
+    def age_seconds(self) -> float:
+        """Return the time since the last audit that could be made."""
+        return self._clock() - self._audited_at
+
+    async def wait_until_synced(self) -> None:
+        """Wait until the store holds everything that the API server has.
+
+        Before that, a missing child would be taken for one that was never created, and each restart would apply it again.
+        """
+        while True:
+            try:
+                missing = self._find_lagging(await self._list())
+            except ApiError as error:
+                logger.warning("cannot list what there is: %s", error)
+                await self._sleep(_RELIST_SECONDS)
+                continue
+            # What is deleted in between never arrives, so after a while the list is made anew.
+            if not await self._wait_for(missing, seconds=_RELIST_SECONDS):
+                self._audited_at = self._clock()
+                return
+            logger.info("waiting for %d objects to be seen", len(missing))
+
+    async def run(self) -> None:
+        """Audit for ever. Raises DeafWatchError when a change does not arrive."""
+        while True:
+            # Spread, so that many operators do not list at the same time.
+            await self._sleep(self._interval_seconds * random.uniform(0.8, 1.2))  # noqa: S311
+            try:
+                await self.audit()
+            except ApiError as error:
+                self._metrics.count(AUDITS_DONE, result="error")
+                logger.warning("cannot audit: %s", error)
+
+    async def audit(self) -> None:
+        """Purge what is gone, check that what changed arrives, and have every FineTuneJob reconciled."""
+        listings = await self._list()
+        num_purged = sum(self._purge(kind, listing_of) for kind, listing_of in listings.items())
+        lagging = await self._wait_for(self._find_lagging(listings), seconds=_DEAF_SECONDS)
+        if lagging:
+            self._metrics.count(AUDITS_DONE, result="deaf")
+            kinds = ", ".join(sorted({kind.value for kind, _ in lagging}))
+            raise DeafWatchError(f"{len(lagging)} changes of {kinds} did not arrive within {_DEAF_SECONDS:.0f} s; starting anew")
+        self._audited_at = self._clock()
+        self._metrics.count(AUDITS_DONE, result="repaired" if num_purged else "clean")
+        for key in self._store.list_keys():
+            self._enqueue(key)
+
+    async def _list(self) -> dict[Kind, list[Listing]]:
+        return {
+            kind: [await self._lister.list_versions(kind, namespace=namespace) for namespace in self._namespaces] for kind in Kind
+        }
+
+    def _purge(self, kind: Kind, listings: list[Listing]) -> int:
+        """Remove what the API server no longer has, and return how much that was."""
+        existing = {uid for listing in listings for uid in listing.objects}
+        # What is newer than the list was created after it.
+        version = min(listing.version for listing in listings)
+        gone = [uid for uid, seen in self._store.versions(kind).items() if uid not in existing and seen <= version]
+        for owner in self._store.purge(kind, gone):
+            self._metrics.count(AUDIT_PURGES, resource=kind.value)
+            logger.warning("missed the deletion of one of the %s of %s/%s", kind.value, *owner)
+            self._enqueue(owner)
+        return len(gone)
+
+    def _find_lagging(self, listings: Mapping[Kind, list[Listing]]) -> Versions:
+        """Return what the API server has and the store has not seen."""
+        return {
+            (kind, uid): (key, version)
+            for kind, listings_of in listings.items()
+            for listing in listings_of
+            for uid, (key, version) in listing.objects.items()
+            if not self._store.knows(kind, key, uid=uid, version=version)
+        }
+
+    async def _wait_for(self, lagging: Versions, *, seconds: float) -> Versions:
+        """Wait until these versions are seen, and return those that are not after a while."""
+        deadline = self._clock() + seconds
+        while lagging and self._clock() < deadline:
+            await self._sleep(_POLL_SECONDS)
+            lagging = {
+                (kind, uid): (key, version)
+                for (kind, uid), (key, version) in lagging.items()
+                if not self._store.knows(kind, key, uid=uid, version=version)
+            }
+        return lagging

@@ -1,0 +1,211 @@
+"""From a key to its effects: read the store, decide (pure), carry out the decision in order."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Protocol
+
+from finetune_api.v1alpha1 import FineTuneJobStatus
+
+from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError
+from finetune_operator.metrics import END_SECONDS, ENDS, RECONCILE_SECONDS, RECONCILES, RETRIES, START_SECONDS, Metrics
+from finetune_operator.observed import JobView, Observed
+from finetune_operator.outcome import Deletion, EventNote, EventType, Outcome
+from finetune_operator.queue import QueueClosedError, WorkQueue
+from finetune_operator.reconcile import build_refused_status, reconcile
+from finetune_operator.settings import TrainerSettings
+from finetune_operator.store import Store
+from finetune_operator.views import Key, Kind, RawObject
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterWriter(Protocol):
+    """The requests that carry out a decision."""
+
+    async def apply_child(self, manifest: RawObject) -> RawObject:
+        """Create or change a child Job, and return it."""
+
+    async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
+        """Make this the whole status of a FineTuneJob, and return the object."""
+
+    async def delete_child(self, namespace: str, deletion: Deletion) -> RawObject:
+        """Delete a child Job if it is still what was seen."""
+
+    async def get(self, kind: Kind, key: Key) -> RawObject:
+        """Return an object as the API server has it at this time."""
+
+
+class EventRecorder(Protocol):
+    """Where events for users go."""
+
+    def record(self, job: JobView, note: EventNote) -> None:
+        """Have an event written."""
+
+
+class Controller:
+    """Reconciles the keys of a queue."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        queue: WorkQueue[Key],
+        cluster: ClusterWriter,
+        recorder: EventRecorder,
+        metrics: Metrics,
+        settings: TrainerSettings,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._cluster = cluster
+        self._recorder = recorder
+        self._metrics = metrics
+        self._settings = settings
+        self._clock = clock
+
+    async def run_worker(self) -> None:
+        """Reconcile keys until the queue is closed."""
+        while True:
+            try:
+                key = await self._queue.get()
+            except QueueClosedError:
+                return
+            try:
+                await self.process(key)
+            finally:
+                self._queue.done(key)
+
+    async def process(self, key: Key) -> None:
+        """Reconcile one key. Whatever goes wrong is counted, logged and tried again later; it never fails a job."""
+        started_at = time.monotonic()
+        try:
+            result = await self._reconcile(key)
+        except asyncio.CancelledError:
+            raise
+        except ApiError as error:
+            result = "error"
+            logger.warning("cannot reconcile %s/%s, next try in %.1f s: %s", *key, self._queue.retry(key), error)
+        except Exception:
+            result = "error"
+            logger.exception("cannot reconcile %s/%s, next try in %.1f s", *key, self._queue.retry(key))
+        self._metrics.count(RECONCILES, result=result)
+        self._metrics.observe(RECONCILE_SECONDS, time.monotonic() - started_at)
+
+    async def _reconcile(self, key: Key) -> str:
+        """Reconcile one key and return how it ended."""
+        seen = self._store.read(key)
+        if seen is None:
+            self._queue.forget(key)
+            return "success"
+        job, observed = seen
+        outcome = reconcile(job, observed, now=self._clock(), settings=self._settings)
+        for deletion in outcome.delete:
+            await self._delete(job, deletion)
+        if not await self._is_clear(job, outcome):
+            self._queue.retry(key)
+            return "requeue"
+        try:
+            await self._apply(job, outcome)
+        except RefusedError as error:
+            await self._report_refusal(job, observed, error=error)
+            self._queue.retry(key)
+            return "refused"
+        await self._conclude(job, outcome)
+        self._queue.forget(key)
+        if outcome.requeue_after is not None:
+            self._queue.add_after(key, outcome.requeue_after)
+        return "success"
+
+    async def _delete(self, job: JobView, deletion: Deletion) -> None:
+        """Delete a child. One that is gone or has changed is looked at anew."""
+        key = (job.namespace, deletion.name)
+        try:
+            answer = await self._cluster.delete_child(job.namespace, deletion)
+        except (NotFoundError, ConflictError):
+            await self._exists(key)
+            self._queue.add(job.key)
+            return
+        logger.info("deleted Job %s/%s", *key)
+        # With nothing to wait for, the answer is a Status, and the watch tells of the end.
+        if answer.get("kind") == "Job":
+            self._store.observe(Kind.JOB, answer)
+
+    async def _is_clear(self, job: JobView, outcome: Outcome) -> bool:
+        """Return whether the names that must not exist do not, and the names to be applied are not another's."""
+        for name in outcome.absent:
+            if await self._exists((job.namespace, name)):
+                logger.info("waiting for Job %s/%s to be gone", job.namespace, name)
+                return False
+        for manifest in outcome.apply:
+            found = self._store.children.find((job.namespace, manifest["metadata"]["name"]))
+            # Left behind by a deleted FineTuneJob of the same name: the garbage collector is about to remove it.
+            if found is not None and found.owner_uid != job.uid and await self._exists(found.key):
+                logger.info("waiting for Job %s/%s of an earlier FineTuneJob to be gone", *found.key)
+                return False
+        return True
+
+    async def _exists(self, key: Key) -> bool:
+        """Ask the API server for a child Job, and bring the store up to date with the answer."""
+        try:
+            self._store.observe(Kind.JOB, await self._cluster.get(Kind.JOB, key))
+        except NotFoundError:
+            found = self._store.children.find(key)
+            self._store.purge(Kind.JOB, () if found is None else (found.uid,))
+            return False
+        return True
+
+    async def _apply(self, job: JobView, outcome: Outcome) -> None:
+        for manifest in outcome.apply:
+            self._store.observe(Kind.JOB, await self._cluster.apply_child(manifest))
+            logger.info("applied Job %s/%s", job.namespace, manifest["metadata"]["name"])
+
+    async def _conclude(self, job: JobView, outcome: Outcome) -> None:
+        """Write the status if it changed, then record the events: they tell of what is written."""
+        if outcome.status is not None:
+            await self._write_status(job, outcome.status)
+            self._measure(job, outcome.status)
+        for note in outcome.events:
+            self._recorder.record(job, note)
+
+    async def _write_status(self, job: JobView, status: FineTuneJobStatus) -> None:
+        try:
+            self._store.observe(Kind.FINETUNEJOB, await self._cluster.apply_status(job, status))
+        except (NotFoundError, ConflictError):
+            logger.info("FineTuneJob %s/%s is gone", *job.key)
+            self._store.purge(Kind.FINETUNEJOB, (job.uid,))
+            self._queue.add(job.key)
+
+    async def _report_refusal(self, job: JobView, observed: Observed, *, error: RefusedError) -> None:
+        """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
+        reason, message = _explain_refusal(error)
+        status = build_refused_status(job, observed, reason=reason, message=message, now=self._clock())
+        logger.warning("the API server refuses a Job for %s/%s: %s", *job.key, error)
+        if status != job.status:
+            await self._write_status(job, status)
+            self._recorder.record(job, EventNote(type=EventType.WARNING, reason=reason, action="Create", message=message))
+
+    def _measure(self, job: JobView, status: FineTuneJobStatus) -> None:
+        """Add what a status write tells to the metrics; a restart of the operator repeats no status write."""
+        if status.run == job.status.run and status.restarts > job.status.restarts:
+            self._metrics.count(RETRIES)
+        record = self._store.jobs.find(job.key)
+        # After a change of the spec, the time since the creation means nothing.
+        if record is None or job.generation != 1:
+            return
+        created_at = record.content.created_at
+        if status.start_time and job.status.start_time is None:
+            self._metrics.observe(START_SECONDS, (status.start_time - created_at).total_seconds())
+        ready = next((each.reason for each in status.conditions if each.type == "Ready"), "")
+        if status.completion_time and job.status.completion_time is None and ready in ENDS:
+            self._metrics.observe(END_SECONDS, (status.completion_time - created_at).total_seconds(), result=ready)
+
+
+def _explain_refusal(error: RefusedError) -> tuple[str, str]:
+    """Return the reason and the message for a refused child."""
+    if "exceeded quota" in error.message:
+        return "QuotaExceeded", error.message
+    return ("Forbidden" if error.status == 403 else "InvalidJob"), error.message

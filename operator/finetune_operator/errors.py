@@ -1,0 +1,67 @@
+"""Errors of the operator.
+
+OperatorError
+    StartError          the operator cannot start: the message says what to do
+    DeafWatchError      a watch misses changes that the API server has: the process must begin anew
+    ApiError            the API server answered with an error, or not at all
+        NotFoundError       404
+        ConflictError       409
+        RefusedError        400, 403, 422: the same request will be refused again until somebody changes something
+        UnauthorizedError   401 after the credentials were loaded again
+"""
+
+
+class OperatorError(Exception):
+    """Base of all errors that the operator raises itself."""
+
+
+class StartError(OperatorError):
+    """The operator cannot start."""
+
+
+class DeafWatchError(OperatorError):
+    """A watch does not show what the API server has."""
+
+
+class ApiError(OperatorError):
+    """The API server answered with an error; status 0 means that it did not answer."""
+
+    def __init__(self, message: str, *, status: int, reason: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.reason}: {self.message}"
+
+
+class NotFoundError(ApiError):
+    """There is no such object."""
+
+
+class ConflictError(ApiError):
+    """The object is not what the request expects."""
+
+
+class RefusedError(ApiError):
+    """The API server refuses the request itself: invalid, forbidden, or over a quota."""
+
+
+class UnauthorizedError(ApiError):
+    """The API server does not accept the credentials."""
+
+
+_BY_STATUS: dict[int, type[ApiError]] = {
+    400: RefusedError,
+    401: UnauthorizedError,
+    403: RefusedError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: RefusedError,
+}
+
+
+def build_api_error(status: int, *, reason: str, message: str) -> ApiError:
+    """Return the error for an HTTP status."""
+    return _BY_STATUS.get(status, ApiError)(message, status=status, reason=reason)

@@ -1,0 +1,140 @@
+"""Events for users (events.k8s.io/v1): one object for what repeats, counted as a series."""
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from finetune_api import names
+from finetune_api.conditions import truncate
+
+from finetune_operator.errors import ApiError, NotFoundError
+from finetune_operator.metrics import EVENTS_RECORDED, Metrics
+from finetune_operator.observed import JobView
+from finetune_operator.outcome import EventNote
+from finetune_operator.views import RawObject
+
+logger = logging.getLogger(__name__)
+
+# Bounds of the API: https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/
+_MAX_NOTE = 1024
+_MAX_SERIES = 4096
+# As client-go does: after six minutes of silence a repetition begins a new event, as the API server forgets them after an hour.
+_SERIES_SECONDS = 360
+_MAX_PENDING = 1000
+
+Identity = tuple[str, str, str]
+
+
+class EventWriter(Protocol):
+    """Where events are written to."""
+
+    async def create_event(self, namespace: str, event: RawObject) -> None:
+        """Create an event."""
+
+    async def patch_event(self, namespace: str, name: str, patch: RawObject) -> None:
+        """Change an event."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """An event that was written, and how often it happened."""
+
+    name: str
+    count: int
+    seen_at: datetime
+
+
+class Recorder:
+    """Writes events in the background, so that a reconcile never waits for them or fails by them."""
+
+    def __init__(self, writer: EventWriter, *, instance: str, clock: Callable[[], datetime], metrics: Metrics) -> None:
+        self._writer = writer
+        self._instance = truncate(instance, 128)
+        self._clock = clock
+        self._metrics = metrics
+        self._series: OrderedDict[Identity, Series] = OrderedDict()
+        self._pending: asyncio.Queue[tuple[JobView, EventNote]] = asyncio.Queue(maxsize=_MAX_PENDING)
+
+    def record(self, job: JobView, note: EventNote) -> None:
+        """Have an event written. When too many wait, it is dropped and counted."""
+        try:
+            self._pending.put_nowait((job, note))
+        except asyncio.QueueFull:
+            self._metrics.count(EVENTS_RECORDED, result="dropped")
+
+    async def run(self) -> None:
+        """Write events until cancelled."""
+        while True:
+            job, note = await self._pending.get()
+            try:
+                await self.write(job, note)
+            except ApiError as error:
+                self._metrics.count(EVENTS_RECORDED, result="error")
+                logger.warning("cannot record event %s for %s/%s: %s", note.reason, job.namespace, job.name, error)
+            finally:
+                self._pending.task_done()
+
+    async def flush(self) -> None:
+        """Wait until all events are written."""
+        await self._pending.join()
+
+    async def write(self, job: JobView, note: EventNote) -> None:
+        """Write one event: a new one, or one more in the series of an equal one."""
+        now = self._clock()
+        identity = (job.uid, note.reason, note.message)
+        series = self._series.get(identity)
+        if series is not None and (now - series.seen_at).total_seconds() < _SERIES_SECONDS:
+            series = Series(name=series.name, count=series.count + 1, seen_at=now)
+            patch = {"series": {"count": series.count, "lastObservedTime": _format_micro_time(now)}}
+            try:
+                await self._writer.patch_event(job.namespace, series.name, patch)
+            except NotFoundError:
+                self._series.pop(identity, None)
+            else:
+                self._keep(identity, series)
+                self._metrics.count(EVENTS_RECORDED, result="repeated")
+                return
+        event = _build_event(job, note, now=now, instance=self._instance)
+        await self._writer.create_event(job.namespace, event)
+        self._keep(identity, Series(name=event["metadata"]["name"], count=1, seen_at=now))
+        self._metrics.count(EVENTS_RECORDED, result="created")
+
+    def _keep(self, identity: Identity, series: Series) -> None:
+        self._series[identity] = series
+        self._series.move_to_end(identity)
+        while len(self._series) > _MAX_SERIES:
+            self._series.popitem(last=False)
+
+
+def _build_event(job: JobView, note: EventNote, *, now: datetime, instance: str) -> RawObject:
+    time = _format_micro_time(now)
+    suffix = hashlib.sha256(f"{job.uid}/{note.reason}/{note.message}/{time}/{instance}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{job.name}.{suffix}", "namespace": job.namespace},
+        "eventTime": time,
+        "type": note.type.value,
+        "reason": note.reason,
+        "action": note.action,
+        "note": truncate(note.message, _MAX_NOTE),
+        "reportingController": f"{names.GROUP}/operator",
+        "reportingInstance": instance,
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "namespace": job.namespace,
+            "name": job.name,
+            "uid": job.uid,
+            "resourceVersion": job.resource_version,
+        },
+    }
+
+
+def _format_micro_time(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,0 +1,167 @@
+"""What was seen of the cluster: slim records by namespace and name, with what belongs to a FineTuneJob found by its key.
+
+An older resourceVersion never overwrites a newer one, so the answers to our own writes are put in as they come, and no
+reconcile acts on less than its own last write. It belongs to the event loop; only count_states() may be called from elsewhere.
+"""
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from finetune_operator.observed import ChildView, JobView, Observed, PodView, ReceivedReport
+from finetune_operator.views import (
+    JobContent,
+    Key,
+    Kind,
+    RawObject,
+    Record,
+    build_job_view,
+    project_child,
+    project_job,
+    project_pod,
+)
+
+V = TypeVar("V")
+
+# A late answer to a write must not bring back an object whose deletion was seen; after this many others it no longer comes.
+_MAX_TOMBSTONES = 16_384
+
+
+class Table(Generic[V]):
+    """The records of one kind."""
+
+    def __init__(self) -> None:
+        self._records: dict[Key, Record[V]] = {}
+        self._owned: defaultdict[Key, set[Key]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record[V]]:
+        return iter(self._records.values())
+
+    def find(self, key: Key) -> Record[V] | None:
+        """Return the record of this namespace and name, or None."""
+        return self._records.get(key)
+
+    def find_owned(self, owner: Key) -> Iterable[Record[V]]:
+        """Return the records that belong to a FineTuneJob of this key, in the order of their names."""
+        return [self._records[key] for key in sorted(self._owned.get(owner, ()))]
+
+    def put(self, record: Record[V]) -> None:
+        """Insert or replace a record."""
+        self.pop(record.key)
+        self._records[record.key] = record
+        self._owned[record.owner].add(record.key)
+
+    def pop(self, key: Key) -> None:
+        """Remove a record if it is there."""
+        previous = self._records.pop(key, None)
+        if previous is not None:
+            self._owned[previous.owner].discard(key)
+            if not self._owned[previous.owner]:
+                del self._owned[previous.owner]
+
+
+class Store:
+    """All that was seen of FineTuneJobs, their Jobs, their pods and the reports of those."""
+
+    def __init__(self) -> None:
+        self.jobs: Table[JobContent] = Table()
+        self.children: Table[ChildView] = Table()
+        self.pods: Table[PodView] = Table()
+        self._tables: dict[Kind, Table[Any]] = {Kind.FINETUNEJOB: self.jobs, Kind.JOB: self.children, Kind.POD: self.pods}
+        self._reports: dict[Key, ReceivedReport] = {}
+        self._states: Counter[str] = Counter()
+        self._tombstones: OrderedDict[str, int] = OrderedDict()
+
+    def observe(self, kind: Kind, raw: RawObject, *, is_deleted: bool = False) -> Key | None:
+        """Take in an object as the API server showed it; return the key of its FineTuneJob, if it belongs to one."""
+        record = _PROJECTIONS[kind](raw)
+        if record is None:
+            return None
+        previous = self._tables[kind].find(record.key)
+        if is_deleted:
+            self._remove(kind, record.uid, key=record.key, version=record.version)
+        elif not self._is_outdated(record, previous=previous):
+            self._put(kind, record)
+        return record.owner
+
+    def read(self, key: Key) -> tuple[JobView, Observed] | None:
+        """Return the FineTuneJob and all that belongs to it, or None if it is not there."""
+        record = self.jobs.find(key)
+        if record is None:
+            return None
+        # An earlier FineTuneJob of the same name may have left children that the garbage collector has not removed yet.
+        observed = Observed(
+            children=tuple(each.content for each in self.children.find_owned(key) if each.owner_uid == record.uid),
+            pods=tuple(each.content for each in self.pods.find_owned(key) if each.owner_uid == record.uid),
+            report=self._reports.get(key),
+        )
+        return build_job_view(record), observed
+
+    def put_report(self, key: Key, report: ReceivedReport) -> None:
+        """Keep the latest report for a FineTuneJob."""
+        if self.jobs.find(key) is not None:
+            self._reports[key] = report
+
+    def list_keys(self) -> list[Key]:
+        """Return the keys of all FineTuneJobs."""
+        return [record.key for record in self.jobs]
+
+    def versions(self, kind: Kind) -> dict[str, int]:
+        """Return the resourceVersion of every object of a kind by its uid."""
+        return {record.uid: record.version for record in self._tables[kind]}
+
+    def knows(self, kind: Kind, key: Key, *, uid: str, version: int) -> bool:
+        """Return whether an object was seen at this resourceVersion or later, its deletion included."""
+        record = self._tables[kind].find(key)
+        return uid in self._tombstones or (record is not None and record.uid == uid and record.version >= version)
+
+    def purge(self, kind: Kind, uids: Iterable[str]) -> list[Key]:
+        """Remove objects whose deletion was missed; return the keys of their FineTuneJobs."""
+        gone = frozenset(uids)
+        records = [record for record in self._tables[kind] if record.uid in gone]
+        for record in records:
+            self._remove(kind, record.uid, key=record.key, version=record.version + 1)
+        return [record.owner for record in records]
+
+    def count_states(self) -> dict[str, int]:
+        """Return the number of FineTuneJobs by the reason of their Ready condition."""
+        return dict(self._states)
+
+    def _put(self, kind: Kind, record: Record[Any]) -> None:
+        if kind is Kind.FINETUNEJOB:
+            self._count(record.key, -1)
+        self._tables[kind].put(record)
+        if kind is Kind.FINETUNEJOB:
+            self._count(record.key, 1)
+
+    def _is_outdated(self, record: Record[Any], *, previous: Record[Any] | None) -> bool:
+        """Return whether something newer was seen. An object that lost its labels counts as deleted, and may come back."""
+        is_dead = record.uid in self._tombstones and record.version < self._tombstones[record.uid]
+        return is_dead or (previous is not None and record.version <= previous.version)
+
+    def _remove(self, kind: Kind, uid: str, *, key: Key, version: int) -> None:
+        self._tombstones[uid] = version
+        while len(self._tombstones) > _MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
+        record = self._tables[kind].find(key)
+        if record is None or record.uid != uid:
+            return
+        if kind is Kind.FINETUNEJOB:
+            self._count(key, -1)
+            self._reports.pop(key, None)
+        self._tables[kind].pop(key)
+
+    def _count(self, key: Key, change: int) -> None:
+        record = self.jobs.find(key)
+        if record is not None:
+            self._states[record.content.state] += change
+
+
+_PROJECTIONS: Mapping[Kind, Callable[[RawObject], Record[Any] | None]] = {
+    Kind.FINETUNEJOB: project_job,
+    Kind.JOB: project_child,
+    Kind.POD: project_pod,
+}

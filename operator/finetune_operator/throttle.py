@@ -1,0 +1,34 @@
+"""A token bucket that keeps the rate of requests below a limit."""
+
+import asyncio
+from collections.abc import Callable
+
+
+class TokenBucket:
+    """Lets `rate` requests a second pass, and `burst` at once after a pause."""
+
+    def __init__(self, *, rate: float, burst: int, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._tokens = float(burst)
+        self._filled_at = clock()
+        self._blocked_until = 0.0
+
+    def reserve(self) -> float:
+        """Take one token and return the seconds after which it may be used."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        self._tokens -= 1
+        return max(0.0, -self._tokens / self._rate, self._blocked_until - now)
+
+    def block(self, seconds: float) -> None:
+        """Let nothing pass for a while, because the server asked for that."""
+        self._blocked_until = max(self._blocked_until, self._clock() + seconds)
+
+    async def wait(self) -> None:
+        """Wait for the turn of one request."""
+        seconds = self.reserve()
+        if seconds > 0:
+            await asyncio.sleep(seconds)

@@ -1,0 +1,222 @@
+"""Project what the API server sends into slim records, and records into the views that decisions are made on (pure)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+from finetune_api import names
+from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from pydantic import ValidationError
+
+from finetune_operator.observed import ChildState, ChildView, JobView, PodView
+
+Key = tuple[str, str]
+"""Namespace and name."""
+RawObject = Mapping[str, Any]
+"""An object as the API server sends it."""
+
+Content = TypeVar("Content")
+
+
+class Kind(StrEnum):
+    """The watched kinds, by their plural names."""
+
+    FINETUNEJOB = names.PLURAL
+    JOB = "jobs"
+    POD = "pods"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Generic[Content]):
+    """What is kept of one object."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    """resourceVersion as the number that it is: https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions"""
+    owner: Key
+    """The FineTuneJob that the object belongs to; a FineTuneJob belongs to itself."""
+    owner_uid: str
+    content: Content
+
+    @property
+    def key(self) -> Key:
+        """Return namespace and name."""
+        return self.namespace, self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobContent:
+    """A FineTuneJob with its parts as JSON, a tenth of their size as models."""
+
+    generation: int
+    created_at: datetime
+    deleting: bool
+    state: str
+    """Reason of the Ready condition."""
+    spec: bytes
+    status: bytes
+
+
+def project_job(raw: RawObject) -> Record[JobContent]:
+    """Return the record of a FineTuneJob."""
+    metadata = raw["metadata"]
+    status = raw.get("status") or {}
+    ready = _find_condition(status, "Ready")
+    content = JobContent(
+        generation=metadata.get("generation", 0),
+        created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
+        deleting="deletionTimestamp" in metadata,
+        state=ready.get("reason", ""),
+        spec=_dump(raw.get("spec") or {}),
+        status=_dump(status),
+    )
+    return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
+
+
+def project_child(raw: RawObject) -> Record[ChildView] | None:
+    """Return the record of a child Job, or None for a Job that does not carry the labels of one."""
+    metadata = raw["metadata"]
+    labels = metadata.get("labels") or {}
+    if names.LABEL_JOB not in labels:
+        return None
+    attempt = labels.get(names.LABEL_ATTEMPT, "")
+    status = raw.get("status") or {}
+    state, condition = _find_end(status)
+    finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
+    content = ChildView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        resource_version=metadata["resourceVersion"],
+        run=labels.get(names.LABEL_RUN, ""),
+        attempt=int(attempt) if attempt.isdecimal() else 0,
+        pod_shape=labels.get(names.LABEL_POD_SHAPE, ""),
+        deleting="deletionTimestamp" in metadata,
+        state=state,
+        reason=condition.get("reason", ""),
+        message=condition.get("message", ""),
+        finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
+    )
+    return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
+
+
+def project_pod(raw: RawObject) -> Record[PodView] | None:
+    """Return the record of a trainer pod, or None for a pod that does not carry the labels of one."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    if names.LABEL_JOB not in labels:
+        return None
+    placement = _find_condition(status, "PodScheduled")
+    state = _find_container(status.get("containerStatuses")).get("state") or {}
+    waiting, terminated = state.get("waiting") or {}, state.get("terminated") or {}
+    started_at = (state.get("running") or terminated).get("startedAt")
+    is_unscheduled = placement.get("status") == "False"
+    content = PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        resource_version=metadata["resourceVersion"],
+        child=_find_controller(metadata),
+        phase=status.get("phase", ""),
+        node=spec.get("nodeName"),
+        deleting="deletionTimestamp" in metadata,
+        image=_find_container(spec.get("containers")).get("image", ""),
+        scheduled=placement.get("status") == "True",
+        unscheduled_reason=placement.get("reason") if is_unscheduled else None,
+        unscheduled_message=placement.get("message") if is_unscheduled else None,
+        waiting_reason=waiting.get("reason"),
+        waiting_message=waiting.get("message"),
+        started_at=_parse_time(started_at),
+        finished_at=_parse_time(terminated.get("finishedAt")),
+        exit_code=terminated.get("exitCode"),
+        termination_reason=terminated.get("reason"),
+        termination_message=terminated.get("message"),
+        pod_reason=status.get("reason"),
+        pod_message=status.get("message"),
+    )
+    return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
+
+
+def build_job_view(record: Record[JobContent]) -> JobView:
+    """Return the view of a FineTuneJob, with its spec parsed or the reason why it cannot be."""
+    spec, error = _parse_spec(record.content.spec)
+    return JobView(
+        namespace=record.namespace,
+        name=record.name,
+        uid=record.uid,
+        generation=record.content.generation,
+        resource_version=str(record.version),
+        deleting=record.content.deleting,
+        spec=spec,
+        spec_error=error,
+        status=_parse_status(record.content.status),
+    )
+
+
+def _parse_spec(spec: bytes) -> tuple[FineTuneJobSpec | None, str | None]:
+    try:
+        return FineTuneJobSpec.model_validate_json(spec), None
+    except ValidationError as error:
+        return None, "; ".join(_describe(each["loc"], each["msg"]) for each in error.errors(include_url=False))
+
+
+def _describe(location: tuple[int | str, ...], message: str) -> str:
+    return f"{'.'.join(('spec', *map(str, location)))}: {message.removeprefix('Value error, ')}"
+
+
+def _parse_status(status: bytes) -> FineTuneJobStatus:
+    """Return the status; one that cannot be parsed counts as none, as it is derived from the rest anyway."""
+    try:
+        return FineTuneJobStatus.model_validate_json(status)
+    except ValidationError:
+        return FineTuneJobStatus()
+
+
+def _build_record(metadata: RawObject, *, owner: str, owner_uid: str, content: Content) -> Record[Content]:
+    namespace = metadata["namespace"]
+    return Record(
+        namespace=namespace,
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=int(metadata["resourceVersion"]),
+        owner=(namespace, owner),
+        owner_uid=owner_uid,
+        content=content,
+    )
+
+
+def _find_end(status: RawObject) -> tuple[ChildState, RawObject]:
+    for state in (ChildState.COMPLETE, ChildState.FAILED):
+        condition = _find_condition(status, state.value)
+        if condition.get("status") == "True":
+            return state, condition
+    return ChildState.ACTIVE, {}
+
+
+def _find_condition(status: RawObject, type: str) -> RawObject:
+    return next((each for each in status.get("conditions") or () if each.get("type") == type), {})
+
+
+def _find_container(containers: list[RawObject] | None) -> RawObject:
+    return next((each for each in containers or () if each.get("name") == names.CONTAINER), {})
+
+
+def _find_controller(metadata: RawObject) -> str:
+    return next(_list_controllers(metadata), "")
+
+
+def _list_controllers(metadata: RawObject) -> Iterator[str]:
+    return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
+
+
+def _parse_time(value: str | None) -> datetime | None:
+    """Return the time; the epoch stands for "never": the kubelet reports it for containers that could not be started."""
+    time = datetime.fromisoformat(value) if value else None
+    return None if time == datetime(1970, 1, 1, tzinfo=UTC) else time
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

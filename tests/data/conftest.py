@@ -1,0 +1,6 @@
+"""Let the tests import the data makers, which belong to no installed package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "hack" / "data"))

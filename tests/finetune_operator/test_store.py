@@ -1,0 +1,178 @@
+"""What the store keeps, in whatever order events and answers arrive."""
+
+import itertools
+import tracemalloc
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from finetune_api.contract import TrainerReport
+from finetune_operator.observed import ReceivedReport
+from finetune_operator.store import Store
+from finetune_operator.views import Kind
+
+_KEY = ("team", "emoji")
+_REPORT = ReceivedReport(
+    run="0a1b2c3d",
+    attempt=1,
+    received_at=datetime(2026, 1, 1, tzinfo=UTC),
+    report=TrainerReport.model_validate({"trainerStatus": {"progressPercentage": 7}}),
+)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+def _generation(store: Store) -> int | None:
+    seen = store.read(_KEY)
+    return seen[0].generation if seen else None
+
+
+def test_newest_version_stays_whatever_the_order(objects: Any) -> None:
+    for order in itertools.permutations((1, 2, 3)):
+        store = Store()
+        for version in order:
+            store.observe(Kind.FINETUNEJOB, objects.job(version=version, generation=version))
+
+        assert _generation(store) == 3, order
+
+
+def test_versions_are_compared_as_numbers(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(version=10, generation=10))
+    store.observe(Kind.FINETUNEJOB, objects.job(version=9, generation=9))
+
+    assert _generation(store) == 10
+
+
+def test_every_event_names_the_job_to_reconcile(store: Store, objects: Any) -> None:
+    # Also an old one: the answer to our own write may have carried a change of the user with it.
+    store.observe(Kind.FINETUNEJOB, objects.job(version=2))
+
+    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == _KEY
+    assert store.observe(Kind.JOB, objects.child()) == _KEY
+    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == _KEY
+
+
+def test_deleted_object_is_gone(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.FINETUNEJOB, objects.job(version=2), is_deleted=True)
+
+    assert store.read(_KEY) is None
+
+
+def test_late_answer_does_not_bring_back_a_deleted_object(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(version=1))
+    store.observe(Kind.FINETUNEJOB, objects.job(version=5), is_deleted=True)
+    store.observe(Kind.FINETUNEJOB, objects.job(version=4))
+
+    assert store.read(_KEY) is None
+
+
+def test_object_that_gets_its_labels_back_comes_back(store: Store, objects: Any) -> None:
+    # A watch with a label selector shows an object that loses its labels as deleted.
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.JOB, objects.child(version=5), is_deleted=True)
+    store.observe(Kind.JOB, objects.child(version=6))
+
+    seen = store.read(_KEY)
+    assert seen is not None
+    assert len(seen[1].children) == 1
+
+
+def test_deletion_of_a_predecessor_does_not_touch_its_successor(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="new", version=9))
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="old", version=8), is_deleted=True)
+
+    seen = store.read(_KEY)
+    assert seen is not None
+    assert seen[0].uid == "new"
+
+
+def test_job_sees_its_own_children_and_pods_alone(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="new"))
+    store.observe(Kind.JOB, objects.child("mine", job_uid="new"))
+    store.observe(Kind.JOB, objects.child("of-a-predecessor", job_uid="old"))
+    store.observe(Kind.JOB, objects.child("of-another-job", job="other"))
+    store.observe(Kind.JOB, objects.child("of-another-namespace", namespace="else", job_uid="new"))
+    store.observe(Kind.POD, objects.pod("my-pod", job_uid="new"))
+    store.observe(Kind.POD, objects.pod("old-pod", job_uid="old"))
+
+    seen = store.read(_KEY)
+    assert seen is not None
+    assert [child.name for child in seen[1].children] == ["mine"]
+    assert [pod.name for pod in seen[1].pods] == ["my-pod"]
+
+
+def test_child_that_arrives_before_its_job_is_there(store: Store, objects: Any) -> None:
+    store.observe(Kind.JOB, objects.child())
+    store.observe(Kind.FINETUNEJOB, objects.job())
+
+    seen = store.read(_KEY)
+    assert seen is not None
+    assert len(seen[1].children) == 1
+
+
+def test_latest_report_is_kept_as_long_as_its_job(store: Store, objects: Any) -> None:
+    store.put_report(_KEY, _REPORT)
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    seen_before = store.read(_KEY)
+    store.put_report(_KEY, _REPORT)
+    seen_after = store.read(_KEY)
+    store.observe(Kind.FINETUNEJOB, objects.job(version=2), is_deleted=True)
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="successor", version=3))
+    seen_successor = store.read(_KEY)
+
+    assert [seen[1].report for seen in (seen_before, seen_after, seen_successor) if seen] == [None, _REPORT, None]
+
+
+def test_purge_removes_by_uid_and_names_the_owners(store: Store, objects: Any) -> None:
+    store.observe(Kind.JOB, objects.child("gone", uid="1"))
+    store.observe(Kind.JOB, objects.child("kept", uid="2"))
+
+    assert store.purge(Kind.JOB, ["1"]) == [_KEY]
+    assert store.versions(Kind.JOB) == {"2": 1}
+
+
+@pytest.mark.parametrize(
+    ("uid", "version", "expected"),
+    [
+        pytest.param("uid-team-emoji", 4, True, id="older than seen"),
+        pytest.param("uid-team-emoji", 5, True, id="as seen"),
+        pytest.param("uid-team-emoji", 6, False, id="newer"),
+        pytest.param("another", 1, False, id="never seen"),
+        pytest.param("buried", 99, True, id="deleted since"),
+    ],
+)
+def test_store_knows_what_it_saw(store: Store, objects: Any, uid: str, version: int, expected: bool) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="buried", version=3), is_deleted=True)
+    store.observe(Kind.FINETUNEJOB, objects.job(version=5))
+
+    assert store.knows(Kind.FINETUNEJOB, _KEY, uid=uid, version=version) is expected
+
+
+def test_states_are_counted(store: Store, objects: Any) -> None:
+    def ready(reason: str) -> dict[str, Any]:
+        return {"conditions": [{"type": "Ready", "status": "False", "reason": reason}]}
+
+    for number, reason in enumerate(("Pending", "Pending", "Running")):
+        store.observe(Kind.FINETUNEJOB, objects.job(f"job-{number}", status=ready(reason)))
+    store.observe(Kind.FINETUNEJOB, objects.job("job-0", version=2, status=ready("Running")))
+    store.observe(Kind.FINETUNEJOB, objects.job("job-2", version=2), is_deleted=True)
+
+    assert {state: number for state, number in store.count_states().items() if number} == {"Pending": 1, "Running": 1}
+
+
+def test_object_costs_at_most_two_kilobytes(store: Store, objects: Any) -> None:
+    number = 500
+    raw = [(objects.job(f"job-{index}"), objects.child(f"child-{index}"), objects.pod(f"pod-{index}")) for index in range(number)]
+    tracemalloc.start()
+    for job, child, pod in raw:
+        store.observe(Kind.FINETUNEJOB, job)
+        store.observe(Kind.JOB, child)
+        store.observe(Kind.POD, pod)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert used / (3 * number) < 2000

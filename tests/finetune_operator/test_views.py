@@ -1,0 +1,191 @@
+"""Projections of objects as the API server sends them."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from finetune_operator.observed import ChildState, ChildView, PodView
+from finetune_operator.views import build_job_view, project_child, project_job, project_pod
+
+_TIME = datetime(2026, 1, 1, 0, 5, tzinfo=UTC)
+
+
+def _condition(type: str, status: str = "True", **fields: str) -> dict[str, str]:
+    return {"type": type, "status": status, "lastTransitionTime": "2026-01-01T00:05:00Z"} | fields
+
+
+def _container(**state: Any) -> dict[str, Any]:
+    sidecar = {"name": "istio-proxy", "state": {"terminated": {"exitCode": 9, "reason": "Error"}}}
+    return {"phase": "Running", "containerStatuses": [sidecar, {"name": "trainer", "state": state}]}
+
+
+def test_job_keeps_its_spec_and_status(objects: Any) -> None:
+    status = {
+        "run": "0a1b2c3d",
+        "attempt": 2,
+        "conditions": [_condition("Ready", "False", reason="Running", message="m") | {"observedGeneration": 3}],
+    }
+    record = project_job(objects.job(version=42, generation=3, status=status))
+    view = build_job_view(record)
+
+    assert record.content.state == "Running"
+    assert (view.key, view.uid, view.generation, view.resource_version) == (("team", "emoji"), "uid-team-emoji", 3, "42")
+    assert view.spec is not None
+    assert view.spec.dataset.uri == "pvc://datasets/emoji"
+    assert (view.status.run, view.status.attempt) == ("0a1b2c3d", 2)
+
+
+def test_job_without_status_has_an_empty_one(objects: Any) -> None:
+    view = build_job_view(project_job(objects.job()))
+
+    assert (view.status.run, view.status.conditions, view.deleting) == (None, (), False)
+
+
+def test_job_under_deletion_is_seen_as_such(objects: Any) -> None:
+    assert build_job_view(project_job(objects.job(deletionTimestamp="2026-01-01T00:00:00Z"))).deleting
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        pytest.param({}, "spec.task: Field required", id="empty"),
+        pytest.param({"task": "poetry"}, "spec.task: Input should be 'image-classification'", id="value of a later version"),
+    ],
+)
+def test_spec_that_cannot_be_parsed_is_explained(objects: Any, spec: dict[str, Any], problem: str) -> None:
+    view = build_job_view(project_job(objects.job(spec=spec)))
+
+    assert view.spec is None
+    assert problem in str(view.spec_error)
+
+
+def test_status_that_cannot_be_parsed_counts_as_none(objects: Any) -> None:
+    assert build_job_view(project_job(objects.job(status={"attempt": "many"}))).status.attempt == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "reason"),
+    [
+        pytest.param({}, ChildState.ACTIVE, "", id="fresh"),
+        pytest.param({"active": 1, "conditions": [_condition("Suspended", "False")]}, ChildState.ACTIVE, "", id="resumed"),
+        pytest.param(
+            {"conditions": [_condition("FailureTarget", reason="BackoffLimitExceeded")]},
+            ChildState.ACTIVE,
+            "",
+            id="pods still stop",
+        ),
+        pytest.param(
+            {"conditions": [_condition("FailureTarget"), _condition("Failed", reason="BackoffLimitExceeded")]},
+            ChildState.FAILED,
+            "BackoffLimitExceeded",
+            id="failed",
+        ),
+        pytest.param(
+            {"conditions": [_condition("Complete", reason="CompletionsReached")], "completionTime": "2026-01-01T00:05:00Z"},
+            ChildState.COMPLETE,
+            "CompletionsReached",
+            id="complete",
+        ),
+    ],
+)
+def test_state_of_a_child_is_that_of_its_conditions(objects: Any, status: dict[str, Any], state: ChildState, reason: str) -> None:
+    child = _project_child(objects.child(status=status))
+
+    assert (child.state, child.reason) == (state, reason)
+    assert child.finished_at == (None if state is ChildState.ACTIVE else _TIME)
+
+
+def test_child_keeps_its_labels(objects: Any) -> None:
+    record = project_child(objects.child(attempt=3))
+
+    assert record is not None
+    assert (record.owner, record.owner_uid) == (("team", "emoji"), "uid-team-emoji")
+    assert (record.content.run, record.content.attempt, record.content.pod_shape) == ("0a1b2c3d", 3, "5e6f7a8b")
+
+
+def test_objects_without_our_labels_are_no_concern(objects: Any) -> None:
+    assert project_child(objects.child(labels={})) is None
+    assert project_pod(objects.pod(labels={})) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        pytest.param(
+            {
+                "phase": "Pending",
+                "conditions": [_condition("PodScheduled", "False", reason="Unschedulable", message="0/3 nodes")],
+            },
+            {"scheduled": False, "unscheduled_reason": "Unschedulable", "unscheduled_message": "0/3 nodes", "started_at": None},
+            id="no node fits",
+        ),
+        pytest.param(
+            {"phase": "Pending", "conditions": [_condition("PodScheduled")]},
+            {"scheduled": True, "unscheduled_reason": None},
+            id="scheduled",
+        ),
+        pytest.param(
+            _container(waiting={"reason": "ImagePullBackOff", "message": "back-off"}),
+            {"waiting_reason": "ImagePullBackOff", "waiting_message": "back-off", "exit_code": None},
+            id="image cannot be pulled",
+        ),
+        pytest.param(
+            _container(running={"startedAt": "2026-01-01T00:05:00Z"}),
+            {"started_at": _TIME, "finished_at": None, "exit_code": None},
+            id="running",
+        ),
+        pytest.param(
+            _container(
+                terminated={
+                    "exitCode": 137,
+                    "reason": "OOMKilled",
+                    "message": "the end of the log",
+                    "startedAt": "2026-01-01T00:05:00Z",
+                    "finishedAt": "2026-01-01T00:05:00Z",
+                }
+            ),
+            {
+                "started_at": _TIME,
+                "finished_at": _TIME,
+                "exit_code": 137,
+                "termination_reason": "OOMKilled",
+                "termination_message": "the end of the log",
+            },
+            id="out of memory",
+        ),
+        pytest.param(
+            _container(
+                terminated={
+                    "exitCode": 128,
+                    "reason": "StartError",
+                    "startedAt": "1970-01-01T00:00:00Z",
+                    "finishedAt": "2026-01-01T00:05:00Z",
+                }
+            ),
+            {"started_at": None, "finished_at": _TIME, "exit_code": 128},
+            id="never started",
+        ),
+        pytest.param(
+            {"phase": "Failed", "reason": "Evicted", "message": "low on memory"},
+            {"phase": "Failed", "pod_reason": "Evicted", "pod_message": "low on memory", "exit_code": None},
+            id="evicted",
+        ),
+    ],
+)
+def test_pod_shows_what_the_kubelet_tells_of_the_trainer(objects: Any, status: dict[str, Any], expected: dict[str, Any]) -> None:
+    pod = _project_pod(objects.pod(status=status))
+
+    assert {name: getattr(pod, name) for name in expected} == expected
+    assert (pod.child, pod.image, pod.node) == ("emoji-0a1b2c3d-1", "trainer:1", "node-1")
+
+
+def _project_child(raw: dict[str, Any]) -> ChildView:
+    record = project_child(raw)
+    assert record is not None
+    return record.content
+
+
+def _project_pod(raw: dict[str, Any]) -> PodView:
+    record = project_pod(raw)
+    assert record is not None
+    return record.content

@@ -1,0 +1,83 @@
+"""Batches as a function: the order of (seed, epoch), the augmentation of (seed, epoch, example), the batch of the step.
+
+Nothing is remembered between steps, so training can go on from any step and sees what it would have seen.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune_trainer.recipe import count_steps_per_epoch
+
+_LARGEST_RATIO = 4 / 3
+_DRAWS_PER_EXAMPLE = 5
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training examples, in the order of their contents."""
+
+    pixels_NHWC: Tensor
+    """All pictures of the data set."""
+    index_N: Tensor
+    """Positions of the training examples in the pictures."""
+    y_N: Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may be done to a picture without changing its meaning."""
+
+    smallest_crop: float
+    mirror: bool
+
+
+def draw_batch(
+    training: TrainingSet, step: int, *, batch_size: int, seed: int, augmentation: Augmentation, device: str
+) -> tuple[Tensor, Tensor]:
+    """Return the augmented pictures x_BCHW, with values from 0 to 255, and the labels y_B of one step."""
+    epoch, position = divmod(step, count_steps_per_epoch(len(training.index_N), batch_size))
+    chosen_B = order_examples(len(training.index_N), seed=seed, epoch=epoch)[position * batch_size :][:batch_size]
+    draws_B5 = torch.from_numpy(draw_numbers(len(training.index_N), seed=seed, epoch=epoch)[chosen_B.numpy()])
+    pixels_BHWC = training.pixels_NHWC[training.index_N[chosen_B].to(training.pixels_NHWC.device)].to(device)
+    x_BCHW = augment(pixels_BHWC.permute(0, 3, 1, 2).float(), draws_B5.to(device), augmentation)
+    return x_BCHW, training.y_N[chosen_B].to(device)
+
+
+def order_examples(num_examples: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the order of the examples in an epoch."""
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+
+
+def draw_numbers(num_examples: int, *, seed: int, epoch: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
+    """Return the random numbers from 0 to 1 that decide on the augmentation of each example in an epoch."""
+    generator = np.random.Generator(np.random.Philox(key=mix_seed(seed, epoch)))
+    return generator.random((num_examples, _DRAWS_PER_EXAMPLE), dtype=np.float32)
+
+
+def augment(x_BCHW: Tensor, draws_B5: Tensor, augmentation: Augmentation) -> Tensor:
+    """Return a random crop of each picture, resized to the whole square, and mirrored in half of the cases if allowed."""
+    area, ratio, left, top, side = draws_B5.unbind(1)
+    scale = (augmentation.smallest_crop + (1 - augmentation.smallest_crop) * area).sqrt()
+    stretch = ((2 * ratio - 1) * (math.log(_LARGEST_RATIO) / 2)).exp()
+    width, height = (scale * stretch).clamp(max=1.0), (scale / stretch).clamp(max=1.0)
+    flip = torch.where(side < 0.5, -1.0, 1.0) if augmentation.mirror else torch.ones_like(side)
+    zero = torch.zeros_like(side)
+    theta_B23 = torch.stack(
+        [
+            torch.stack([width * flip, zero, (1 - width) * (2 * left - 1)], 1),
+            torch.stack([zero, height, (1 - height) * (2 * top - 1)], 1),
+        ],
+        1,
+    )
+    grid = functional.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
+    return functional.grid_sample(x_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def mix_seed(seed: int, number: int) -> int:
+    """Return a seed that differs for every (seed, number) of 32 bits each."""
+    return (seed << 32) + number

@@ -1,0 +1,114 @@
+"""Features of the frozen backbone, computed once per picture and kept on disk.
+
+The cache is a folder per backbone and preprocessing with shards that are only ever added; a shard holds the SHA-256 of the
+pictures' contents beside their features, so renamed or re-split data is found again.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from finetune_trainer.backbone import Backbone
+from finetune_trainer.device import Device
+from finetune_trainer.durable import write_file
+from finetune_trainer.errors import PreemptedError
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
+PICTURES_PER_SHARD = 2048
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of some pictures, in the order they were asked for."""
+
+    f_ND: Tensor
+    num_cached: int
+    compute_seconds: float
+    num_computed: int
+
+
+def compute_features(
+    backbone: Backbone,
+    pixels_NHWC: Tensor,
+    digests: Sequence[str],
+    *,
+    device: Device,
+    cache: Path,
+    mirrored: bool = False,
+    check: Callable[[], None],
+    advance: Callable[[float], None],
+) -> Features:
+    """Return the features of all pictures: those in the cache, and the others computed and added to it."""
+    folder = cache / compute_key(backbone, device=device, mirrored=mirrored)
+    known = _read_shards(folder)
+    num_cached = sum(digest in known for digest in digests)
+    missing = {digest: position for position, digest in enumerate(digests) if digest not in known}
+    started = time.perf_counter()
+    fresh: dict[str, Tensor] = {}
+    try:
+        for names in _batched(list(missing), BATCH_SIZE):
+            check()
+            batch = pixels_NHWC[torch.tensor([missing[name] for name in names])]
+            fresh |= zip(names, _extract(backbone, batch, device=device, mirrored=mirrored), strict=True)
+            advance(len(known.keys() | fresh.keys()) / max(1, len(set(digests))))
+            if len(fresh) >= PICTURES_PER_SHARD:
+                known |= _write_shard(folder, fresh)
+                fresh = {}
+    except PreemptedError:
+        _write_shard(folder, fresh)
+        raise
+    compute_seconds = time.perf_counter() - started
+    known |= _write_shard(folder, fresh)
+    f_ND = torch.stack([known[digest] for digest in digests])
+    return Features(f_ND, num_cached, compute_seconds, len(missing))
+
+
+def compute_key(backbone: Backbone, *, device: Device, mirrored: bool) -> str:
+    """Return the name of the cache: a hash over all that a feature depends on besides the picture."""
+    identity = {**backbone.architecture.describe(), "weights": backbone.digest, "precision": device.precision, "mirrored": mirrored}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device, mirrored: bool) -> Tensor:
+    with torch.inference_mode(), device.autocast():
+        x_BCHW = backbone.architecture.preprocessing.normalise(pixels_BHWC.to(device.name).permute(0, 3, 1, 2))
+        f_BD: Tensor = backbone.model(x_BCHW.flip(-1) if mirrored else x_BCHW)
+    return f_BD.float().cpu()
+
+
+def _batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    known: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            shard = safetensors.torch.load_file(path)
+            names = [bytes(row).hex() for row in shard["digests"].numpy()]
+            known |= zip(names, shard["features"], strict=True)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            logger.warning("skipping the features in %s: %s", path, error)
+    return known
+
+
+def _write_shard(folder: Path, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    if features:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = np.stack([np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in features])
+        shard = {"digests": torch.from_numpy(rows), "features": torch.stack(list(features.values()))}
+        content = safetensors.torch.save(shard)
+        write_file(folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors", content)
+    return features

@@ -1,0 +1,169 @@
+"""Fine-tune all layers from the probe's head: AdamW with layer-decayed rates that reach zero at the end of budget or plan."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm.optim
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune_trainer.backbone import Classifier, Preprocessing
+from finetune_trainer.batches import Augmentation, TrainingSet, draw_batch, mix_seed
+from finetune_trainer.device import Device
+from finetune_trainer.errors import DivergedError
+from finetune_trainer.recipe import Recipe
+from finetune_trainer.schedule import Pace, compute_rate, count_steps_left
+
+Weights = dict[str, Tensor]
+SECONDS_BETWEEN_NOTES = 1.0
+
+
+@dataclass(frozen=True)
+class Note:
+    """How the fine-tuning stands."""
+
+    pace: Pace
+    steps_left: int
+    step_seconds: float
+    loss: float
+    images_per_second: float
+    data_wait_share: float
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """The weights after fine-tuning, and their moving average."""
+
+    weights: Weights
+    average: Weights
+    last: Note
+
+
+def finetune(
+    model: Classifier,
+    training: TrainingSet,
+    recipe: Recipe,
+    *,
+    preprocessing: Preprocessing,
+    mirror: bool,
+    seed: int,
+    device: Device,
+    step_seconds: float,
+    seconds_left: Callable[[], float | None],
+    check: Callable[[], None],
+    advance: Callable[[Note], None],
+) -> FineTuned:
+    """Train `model` in place until the plan or the time is over; `step_seconds` is the first guess of a step's time."""
+    optimizer = torch.optim.AdamW(group_parameters(model, recipe), fused=True)
+    augmentation = Augmentation(recipe.smallest_crop, mirror)
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    durations: deque[float] = deque([step_seconds], maxlen=20)
+    pace, wait_seconds, num_images, losses = Pace(), 0.0, 0, deque[Tensor](maxlen=20)
+    started = noted = time.perf_counter()
+    set_train_mode(model, freeze_batch_statistics=recipe.freeze_batch_statistics)
+    note: Note | None = None
+    while pace.progress < 1.0:
+        check()
+        begin = time.perf_counter()
+        median_seconds = statistics.median(durations)
+        # A step that took longer than expected may leave no time for the last one, which brings the rate to zero.
+        steps_left = max(
+            1, count_steps_left(pace.done, planned=recipe.planned_steps, seconds_left=seconds_left(), step_seconds=median_seconds)
+        )
+        stride = pace.next_stride(steps_left)
+        x_BCHW, y_B = draw_batch(
+            training, pace.done, batch_size=recipe.batch_size, seed=seed, augmentation=augmentation, device=device.name
+        )
+        wait_seconds += time.perf_counter() - begin
+
+        # Dropout depends on the step alone.
+        torch.manual_seed(mix_seed(seed, pace.done))
+        set_rate(optimizer, compute_rate(pace.progress + stride / 2, warmup_share=recipe.warmup_share))
+        with device.autocast():
+            loss = functional.cross_entropy(model(preprocessing.normalise(x_BCHW)), y_B)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm, foreach=True)
+        optimizer.step()
+        update_average(average, model, weight=1 - math.exp(-stride / recipe.ema_horizon))
+
+        pace = pace.step(steps_left)
+        losses.append(loss.detach())
+        num_images += len(y_B)
+        now = time.perf_counter()
+        if pace.done == 1:
+            durations.clear()
+        if pace.done % 10 == 0 or now - noted > SECONDS_BETWEEN_NOTES or pace.progress >= 1.0:
+            device.synchronize()
+            noted = now = time.perf_counter()
+            elapsed = noted - started
+            mean_loss = float(torch.stack(tuple(losses)).mean())
+            note = Note(pace, steps_left - 1, median_seconds, mean_loss, num_images / elapsed, wait_seconds / elapsed)
+            refuse_divergence(note)
+            advance(note)
+        durations.append(now - begin)
+    assert note is not None, "the loop ends with a note"
+    return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, average, note)
+
+
+def group_parameters(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
+    """Return the optimizer's groups: lower rates for earlier layers, no weight decay on biases and norms."""
+    groups = timm.optim.param_groups_layer_decay(
+        model.backbone,
+        weight_decay=recipe.weight_decay,
+        no_weight_decay_list=model.backbone.no_weight_decay() if hasattr(model.backbone, "no_weight_decay") else (),
+        layer_decay=recipe.layer_decay,
+    )
+    backbone = [
+        {
+            "params": group["params"],
+            "weight_decay": group["weight_decay"],
+            "peak": recipe.backbone_rate * group["lr_scale"],
+            "lr": 0.0,
+        }
+        for group in groups
+    ]
+    head = [
+        {"params": [model.head.weight], "weight_decay": recipe.weight_decay, "peak": recipe.head_rate, "lr": 0.0},
+        {"params": [model.head.bias], "weight_decay": 0.0, "peak": recipe.head_rate, "lr": 0.0},
+    ]
+    return backbone + head
+
+
+def set_rate(optimizer: torch.optim.Optimizer, relative: float) -> None:
+    """Set every group's learning rate to its peak times `relative`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * relative
+
+
+def set_train_mode(model: nn.Module, *, freeze_batch_statistics: bool) -> None:
+    """Set train mode, in which batch normalisation keeps the statistics of the pretraining if they are frozen."""
+    model.train()
+    if freeze_batch_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001  no public base class
+                module.eval()
+
+
+@torch.no_grad()
+def update_average(average: Weights, model: nn.Module, *, weight: float) -> None:
+    """Move the average towards the weights; counters are copied."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            average[name].lerp_(tensor, weight)
+        else:
+            average[name].copy_(tensor)
+
+
+def refuse_divergence(note: Note) -> None:
+    """Raise DivergedError if the loss is no number."""
+    if not math.isfinite(note.loss):
+        raise DivergedError(
+            "LossNotFinite",
+            f"the loss was {note.loss} at step {note.pace.done}; give a smaller hyperparameters.learningRate, or precision fp32",
+        )
