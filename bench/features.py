@@ -54,7 +54,7 @@ def make_ready(backbone: Backbone, device: Device, pixels_NHWC: Tensor) -> list[
     preprocessing = backbone.architecture.preprocessing
     return [
         preprocessing.normalise(part.permute(0, 3, 1, 2)).to(device.name, memory_format=torch.channels_last)
-        for part in pixels_NHWC.split(BATCH_SIZE)
+        for part in torch.split(pixels_NHWC, BATCH_SIZE)
     ]
 
 
@@ -70,7 +70,14 @@ def run_trainer(backbone: Backbone, device: Device, pixels_NHWC: Tensor, digests
     with tempfile.TemporaryDirectory() as cache:
         return measure(
             lambda: compute_features(
-                backbone, pixels_NHWC, digests, device=device, cache=Path(cache), check=ignore, advance=ignore_progress
+                backbone,
+                pixels_NHWC,
+                torch.arange(len(digests)),
+                digests,
+                device=device,
+                cache=Path(cache),
+                check=ignore,
+                advance=ignore_progress,
             )
         )
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
+from finetune_api.v1alpha1 import DatasetFormat, Precision
 from finetune_trainer.backbone import Backbone, load_backbone
 from finetune_trainer.data import list_examples
 from finetune_trainer.device import Device, count_cpus, prepare_arithmetic, select_device
 from finetune_trainer.pictures import Pictures, load_pictures
-
-from finetune_api.v1alpha1 import DatasetFormat, Precision
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / ".local" / "data"
@@ -102,7 +100,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 def describe_machine() -> str:
     """Return the cores, the instruction set that torch uses, and how busy the machine is: what the figures depend on."""
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
-    return f"{count_cpus()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, load before the run {load}"
+    return f"{count_cpus()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, load {load} at the start"
 
 
 def ignore() -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from finetune_api.v1alpha1 import Hyperparameters
 from finetune_trainer.backbone import Backbone, Classifier
 from finetune_trainer.batches import TrainingSet
 from finetune_trainer.device import Device
@@ -16,9 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.features import make_ready
-from bench.harness import compare, describe_machine, ignore, load_model, make_pictures, parse_arguments, print_table, read_pictures
-
-from finetune_api.v1alpha1 import Hyperparameters
+from bench.harness import (
+    compare,
+    describe_machine,
+    ignore,
+    load_model,
+    make_pictures,
+    parse_arguments,
+    print_table,
+    read_pictures,
+)
 
 NUM_CLASSES = 9
 
@@ -88,7 +96,7 @@ def run_by_hand(backbone: Backbone, device: Device, x_NCHW: Tensor, y_N: Tensor,
             module.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     started = time.perf_counter()
-    for x_BCHW, y_B in zip(x_NCHW.split(recipe.batch_size), y_N.split(recipe.batch_size), strict=False):
+    for x_BCHW, y_B in zip(torch.split(x_NCHW, recipe.batch_size), torch.split(y_N, recipe.batch_size), strict=False):
         loss = functional.cross_entropy(model(x_BCHW), y_B)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch

@@ -1,11 +1,24 @@
 """Fixtures that tests of every package share."""
 
+import base64
+import contextlib
 import difflib
+import http.client
+import json
 import os
-from collections.abc import Callable
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
+from finetune_api.crd import build_crd
 
 Golden = Callable[[str, str], None]
 
@@ -25,3 +38,82 @@ def golden(request: pytest.FixtureRequest) -> Golden:
         assert not diff, f"{path.name} differs; read the diff, then `make golden`:\n{diff}"
 
     return check
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Api:
+    """Plain requests to an API server as the administrator."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        config = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
+        cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
+        self.server: str = cluster["server"]
+        self.ca = base64.b64decode(cluster["certificate-authority-data"]).decode()
+        self._tls = ssl.create_default_context(cadata=self.ca)
+        with tempfile.NamedTemporaryFile() as pair:
+            pair.write(base64.b64decode(user["client-certificate-data"]) + base64.b64decode(user["client-key-data"]))
+            pair.flush()
+            self._tls.load_cert_chain(pair.name)
+
+    def request(self, method: str, path: str, body: Any = None, *, type: str = "application/json") -> tuple[int, Any]:
+        """Return the status and the parsed body of the answer."""
+        address = urlsplit(self.server)
+        with contextlib.closing(
+            http.client.HTTPSConnection(str(address.hostname), address.port, context=self._tls)
+        ) as connection:
+            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": type})
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def get(self, path: str) -> Any:
+        return self._must("GET", path)
+
+    def create(self, path: str, body: Any) -> Any:
+        return self._must("POST", path, body)
+
+    def apply(self, path: str, body: Any, *, manager: str = "test") -> Any:
+        return self._must("PATCH", f"{path}?fieldManager={manager}&force=true", body, type="application/apply-patch+yaml")
+
+    def patch(self, path: str, body: Any) -> Any:
+        return self._must("PATCH", path, body, type="application/merge-patch+json")
+
+    def delete(self, path: str, *, propagation: str = "Background") -> Any:
+        return self._must("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation})
+
+    def exists(self, path: str) -> bool:
+        return self.request("GET", path)[0] == 200
+
+    def _must(self, method: str, path: str, body: Any = None, *, type: str = "application/json") -> Any:
+        status, answer = self.request(method, path, body, type=type)
+        assert 200 <= status < 300, f"{method} {path}: {status} {answer.get('message')}"
+        return answer
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[Path]:
+    """Start a control plane without a node; the value is the path of its kubeconfig, beside which its audit.log lies."""
+    name = f"test-{os.getpid()}"
+    command = [sys.executable, str(ROOT / "hack" / "cluster")]
+    try:
+        subprocess.run([*command, "up", "--name", name, "--mode", "control-plane"], check=True, cwd=ROOT)
+        yield ROOT / ".local" / "clusters" / name / "kubeconfig"
+    finally:
+        subprocess.run([*command, "down", "--name", name], check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def api(control_plane: Path) -> Api:
+    """The API server of the control plane, which knows FineTuneJobs."""
+    api = Api(control_plane)
+    crd = build_crd()
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+    api.apply(path, crd)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        conditions = api.get(path).get("status", {}).get("conditions") or []
+        if any(each["type"] == "Established" and each["status"] == "True" for each in conditions):
+            return api
+        time.sleep(0.05)
+    raise AssertionError("the CustomResourceDefinition was not established within 30 s")

@@ -105,6 +105,11 @@ class DatasetFormat(StrEnum):
     CSV = "csv"
 
 
+# The API server compares whole numbers with the bound's whole part, so that `minimum: 0.05` alone lets 0 pass.
+_VALIDATION = (
+    "self.validationFraction >= 0.05",
+    "validationFraction is below 0.05; models are chosen on this share of the data, so give 0.05 or more",
+)
 _FRACTIONS = (
     "self.validationFraction + self.testFraction <= 0.9",
     "validationFraction + testFraction is over 0.9; leave at least a tenth of the data for training",
@@ -114,7 +119,7 @@ _FRACTIONS = (
 class Dataset(ApiModel):
     """The labelled data to learn from."""
 
-    model_config = ConfigDict(json_schema_extra=rules(_FRACTIONS))
+    model_config = ConfigDict(json_schema_extra=rules(_VALIDATION, _FRACTIONS))
 
     uri: PvcUri
     """uri is the folder with the data: `pvc://CLAIM/PATH`, in the namespace of the FineTuneJob. It is mounted read-only."""
@@ -185,6 +190,12 @@ class Hyperparameters(ApiModel):
     """seed fixes the split, the order of the data, the augmentation and the initial weights. The same seed, data and steps
     give the same model."""
 
+    @model_validator(mode="after")
+    def _have_one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(_EPOCHS_OR_STEPS[1])
+        return self
+
 
 class Resources(ApiModel):
     """What each trainer pod requests, and may not exceed."""
@@ -230,8 +241,10 @@ _PROBE_SETTINGS = ("epochs", "maxSteps", "learningRate")
 _PROBE = (
     "!(has(self.method.type) && self.method.type == 'probe') || !has(self.hyperparameters) || "
     "!(" + " || ".join(f"has(self.hyperparameters.{name})" for name in _PROBE_SETTINGS) + ")",
-    "method.type probe trains no layers of the backbone, so hyperparameters epochs, maxSteps and learningRate do not apply; "
-    "remove them or choose method.type full",
+    (
+        "method.type probe trains no layers of the backbone, so hyperparameters epochs, maxSteps and learningRate do not apply; "
+        "remove them or choose method.type full"
+    ),
 )
 _OUTPUT = (
     "self.output.uri != self.dataset.uri && !self.output.uri.startsWith(self.dataset.uri + '/')",
@@ -272,12 +285,6 @@ class FineTuneJobSpec(ApiModel):
             raise ValueError(_PROBE[1])
         if f"{self.output.uri}/".startswith(f"{self.dataset.uri}/"):
             raise ValueError(_OUTPUT[1])
-        return self
-
-    @model_validator(mode="after")
-    def _have_one_length(self) -> Self:
-        if self.hyperparameters.epochs is not None and self.hyperparameters.max_steps is not None:
-            raise ValueError(f"hyperparameters: {_EPOCHS_OR_STEPS[1]}")
         return self
 
 
@@ -421,8 +428,10 @@ class FineTuneJobStatus(ApiModel):
 
 _NAME = (
     f"self.metadata.name.size() <= {names.MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-    f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and hyphens, and begin with a letter, "
-    "because the names of Jobs, pods and hosts are made from it",
+    (
+        f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and hyphens, and begin with a letter, "
+        "because the names of Jobs, pods and hosts are made from it"
+    ),
 )
 
 
@@ -437,4 +446,5 @@ class FineTuneJob(ApiModel):
     """status is what the operator observed."""
 
 
-StateReason = Literal["Pending", "Running", "Suspended", "Complete", "Failed"]
+StateReason = Literal["Pending", "Retrying", "Running", "Suspending", "Suspended", "Complete", "Failed", "InvalidSpec"]
+"""Reasons of Ready that name no problem of a pod; a pending job shows its problem's own reason instead."""

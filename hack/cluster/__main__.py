@@ -35,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> None:
         case "down":
             _down(arguments)
         case "status":
-            print("\n".join(describe(instance) for instance in all_instances()) or "no cluster")
+            print("\n".join(filter(None, map(describe, all_instances()))) or "no cluster")
         case "images":
             ensure_images(instance_named(arguments.name), names=(arguments.only,) if arguments.only else IMAGE_NAMES)
         case "volume":

@@ -11,11 +11,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-from finetune_operator.cluster import Listing
 from finetune_operator.errors import ApiError, DeafWatchError
 from finetune_operator.metrics import AUDIT_PURGES, AUDITS_DONE, Metrics
 from finetune_operator.store import Store
-from finetune_operator.views import Key, Kind
+from finetune_operator.views import Key, Kind, Listing
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from finetune_operator.metrics import API_REQUESTS, Metrics, classify_code
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion
 from finetune_operator.throttle import TokenBucket
-from finetune_operator.views import Key, Kind, RawObject
+from finetune_operator.views import Key, Kind, Listing, RawObject, Reviewed
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +44,6 @@ _JSON = "application/json"
 _PREFIXES = {Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listing:
-    """The objects of one kind that the API server has: keys and resourceVersions by uid."""
-
-    version: int
-    """resourceVersion of the list itself."""
-    objects: Mapping[str, tuple[Key, int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reviewed:
-    """Whom a token belongs to."""
-
-    username: str
-    pod: str | None
-    pod_uid: str | None
 
 
 class Cluster:
@@ -119,12 +101,13 @@ class Cluster:
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object. What the status lacks is removed.
 
-        The uid keeps the status of a deleted job from its successor of the same name: a mismatch is a ConflictError.
+        The resourceVersion is that of the object which the status was derived from: when it has changed since, or is another
+        one of the same name, this raises ConflictError. (A uid alone is ignored by the status subresource.)
         """
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,
-            "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
+            "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid, "resourceVersion": job.resource_version},
             "status": status.model_dump(mode="json", by_alias=True, exclude_none=True),
         }
         path = f"{_path(Kind.FINETUNEJOB, job.namespace)}/{job.name}/status"

@@ -166,26 +166,34 @@ class Controller:
     async def _conclude(self, job: JobView, outcome: Outcome) -> None:
         """Write the status if it changed, then record the events: they tell of what is written."""
         if outcome.status is not None:
-            await self._write_status(job, outcome.status)
+            if not await self._write_status(job, outcome.status):
+                return
             self._measure(job, outcome.status)
         for note in outcome.events:
             self._recorder.record(job, note)
 
-    async def _write_status(self, job: JobView, status: FineTuneJobStatus) -> None:
+    async def _write_status(self, job: JobView, status: FineTuneJobStatus) -> bool:
+        """Write the status and return True, or look at the job anew when it is not what the status was derived from."""
         try:
             self._store.observe(Kind.FINETUNEJOB, await self._cluster.apply_status(job, status))
         except (NotFoundError, ConflictError):
-            logger.info("FineTuneJob %s/%s is gone", *job.key)
-            self._store.purge(Kind.FINETUNEJOB, (job.uid,))
+            await self._refresh(job)
             self._queue.add(job.key)
+            return False
+        return True
+
+    async def _refresh(self, job: JobView) -> None:
+        try:
+            self._store.observe(Kind.FINETUNEJOB, await self._cluster.get(Kind.FINETUNEJOB, job.key))
+        except NotFoundError:
+            self._store.purge(Kind.FINETUNEJOB, (job.uid,))
 
     async def _report_refusal(self, job: JobView, observed: Observed, *, error: RefusedError) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
         reason, message = _explain_refusal(error)
         status = build_refused_status(job, observed, reason=reason, message=message, now=self._clock())
         logger.warning("the API server refuses a Job for %s/%s: %s", *job.key, error)
-        if status != job.status:
-            await self._write_status(job, status)
+        if status != job.status and await self._write_status(job, status):
             self._recorder.record(job, EventNote(type=EventType.WARNING, reason=reason, action="Create", message=message))
 
     def _measure(self, job: JobView, status: FineTuneJobStatus) -> None:

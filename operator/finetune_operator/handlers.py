@@ -57,6 +57,8 @@ async def watch(
         clusterwide=not namespaces,
         namespaces=namespaces,
         standalone=True,
+        # Unused without peering, but kopf would look up the name of its user, and user 65532 has none.
+        identity=names.MANAGED_BY,  # type: ignore[arg-type]  # a NewType that kopf does not export
         stop_flag=stop,
     )
 

@@ -20,12 +20,11 @@ from finetune_api import names
 from finetune_api.contract import TrainerReport
 from pydantic import ValidationError
 
-from finetune_operator.cluster import Reviewed
 from finetune_operator.errors import ApiError
 from finetune_operator.metrics import REPORTS_RECEIVED, Metrics
 from finetune_operator.observed import PodView, ReceivedReport
 from finetune_operator.store import Store
-from finetune_operator.views import Key, RawObject, Record
+from finetune_operator.views import Key, RawObject, Record, Reviewed
 
 logger = logging.getLogger(__name__)
 

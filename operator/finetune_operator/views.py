@@ -62,6 +62,24 @@ class JobContent:
     status: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The objects of one kind that the API server has: keys and resourceVersions by uid."""
+
+    version: int
+    """resourceVersion of the list itself."""
+    objects: Mapping[str, tuple[Key, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reviewed:
+    """Whom a token belongs to."""
+
+    username: str
+    pod: str | None
+    pod_uid: str | None
+
+
 def project_job(raw: RawObject) -> Record[JobContent]:
     """Return the record of a FineTuneJob."""
     metadata = raw["metadata"]

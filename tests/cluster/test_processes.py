@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from localcluster.paths import Instance
-from localcluster.processes import find_by_command_line, is_alive, is_running, parse_start_ticks, read_record, record_of
+from localcluster.processes import is_alive, is_program_of, is_running, parse_start_ticks, read_record, record_of
 
 STAT_TAIL = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21"
 
@@ -56,5 +56,15 @@ def test_half_written_record_counts_as_none(tmp_path: Path, text: str) -> None:
     assert not is_running(instance, "etcd")
 
 
-def test_processes_are_found_by_words_of_their_command_line() -> None:
-    assert find_by_command_line(("-address", "/no/such/socket")) == ()
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        pytest.param(("/cache/etcd", "--data-dir=/tree/main/etcd"), True, id="own"),
+        pytest.param(("/cache/etcd", "--data-dir=/tree/other/etcd"), False, id="of another cluster"),
+        pytest.param(("/cache/etcd", "--data-dir=/tree/main2/etcd"), False, id="of a cluster with a longer name"),
+        pytest.param(("tail", "/tree/main/logs/etcd.log"), False, id="another program on own files"),
+        pytest.param((), False, id="kernel thread"),
+    ],
+)
+def test_program_is_recognised_by_its_name_and_the_folder_of_its_cluster(command: tuple[str, ...], *, expected: bool) -> None:
+    assert is_program_of(Instance(Path("/tree/main")), "etcd", command) is expected

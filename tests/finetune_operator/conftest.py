@@ -1,11 +1,26 @@
-"""Objects as the API server sends them, cut to the fields that matter."""
+"""Objects as the API server sends them, a control plane's namespace, and an operator process in it."""
 
-from datetime import UTC, datetime
+import base64
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SPEC = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://datasets/emoji"},
@@ -116,3 +131,305 @@ def _labels(job: str, *, job_uid: str, attempt: int) -> dict[str, str]:
 @pytest.fixture
 def objects() -> Objects:
     return Objects()
+
+
+# What the chart's Role grants.
+RULES = [
+    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs/status"], "verbs": ["patch"]},
+    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs/finalizers"], "verbs": ["update"]},
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+]
+CLUSTER_RULES = [{"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}]
+_RBAC = "/apis/rbac.authorization.k8s.io/v1"
+
+
+def wait_until(check: Callable[[], Any], *, what: str, seconds: float = 60) -> Any:
+    """Return the first true value of a check; a check that fails an assertion is tried again as well."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if value := check():
+                return value
+            problem = "not yet true"
+        except (AssertionError, LookupError, OSError) as error:
+            problem = repr(error)
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not seen within {seconds} s: {what} ({problem})")
+        time.sleep(0.05)
+
+
+class Operator:
+    """An operator process of a test, limited to one namespace, with the rights of the chart's Role."""
+
+    def __init__(self, *, environment: dict[str, str], log: Path) -> None:
+        self._environment = environment
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self.report_url = environment["FINETUNE_REPORT_URL"]
+
+    def start(self) -> "Operator":
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-m", "finetune_operator"]
+            self._process = subprocess.Popen(command, env=os.environ | self._environment, stderr=log)  # noqa: TID251
+        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}")
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop the process if it runs, and return its exit status."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        return self._process.wait(timeout=30)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def scrape(self) -> str:
+        """Return the metrics page."""
+        return self._fetch("METRICS", "/metrics")
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log
+        return self._fetch("HEALTH", "/readyz") == "ok\n"
+
+    def _fetch(self, port: str, path: str) -> str:
+        url = f"http://127.0.0.1:{self._environment[f'FINETUNE_{port}_PORT']}{path}"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return str(answer.read().decode())
+
+
+class Team:
+    """A namespace of the control plane, and what happens in it."""
+
+    def __init__(self, api: Any, namespace: str) -> None:
+        self.api = api
+        self.namespace = namespace
+        api.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+
+    def path(self, plural: str, name: str = "") -> str:
+        prefix = {"finetunejobs": "/apis/finetune.dev/v1alpha1", "jobs": "/apis/batch/v1"}.get(plural, "/api/v1")
+        prefix = "/apis/events.k8s.io/v1" if plural == "events" else prefix
+        return f"{prefix}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
+
+    def apply(self, name: str = "emoji", **spec: Any) -> dict[str, Any]:
+        """Apply a FineTuneJob."""
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": self.namespace},
+            "spec": SPEC | spec,
+        }
+        return dict(self.api.apply(self.path("finetunejobs", name), body))
+
+    def job(self, name: str = "emoji") -> dict[str, Any]:
+        return dict(self.api.get(self.path("finetunejobs", name)))
+
+    def status(self, name: str = "emoji") -> dict[str, Any]:
+        return dict(self.job(name).get("status") or {})
+
+    def state(self, name: str = "emoji") -> str:
+        return str(self.condition("Ready", name).get("reason", ""))
+
+    def condition(self, type: str, name: str = "emoji") -> dict[str, Any]:
+        return next((dict(each) for each in self.status(name).get("conditions", []) if each["type"] == type), {})
+
+    def children(self) -> list[dict[str, Any]]:
+        return list(self.api.get(self.path("jobs"))["items"])
+
+    def pods(self) -> list[dict[str, Any]]:
+        return [pod for pod in self.api.get(self.path("pods"))["items"] if "deletionTimestamp" not in pod["metadata"]]
+
+    def events(self, name: str = "emoji") -> list[tuple[str, str]]:
+        """Return type and reason of the events about a FineTuneJob."""
+        items = self.api.get(self.path("events"))["items"]
+        about = [each for each in items if (each["regarding"]["kind"], each["regarding"]["name"]) == ("FineTuneJob", name)]
+        return sorted((each["type"], each["reason"]) for each in about)
+
+    def wait(self, state: str, name: str = "emoji") -> dict[str, Any]:
+        """Wait for a STATE and return the status that has it."""
+        wait_until(lambda: self.state(name) == state, what=f"{name} is {state}, not {self.state(name)}")
+        return self.status(name)
+
+    def wait_for_pod(self, child: str | None = None) -> dict[str, Any]:
+        """Wait for the one pod that the Job controller makes for a child."""
+
+        def find() -> dict[str, Any] | None:
+            pods = [pod for pod in self.pods() if child in (None, pod["metadata"]["labels"].get("job-name"))]
+            return pods[0] if len(pods) == 1 else None
+
+        return dict(wait_until(find, what=f"there is one pod of {child or 'any Job'}"))
+
+    def run_pod(self, pod: dict[str, Any]) -> None:
+        """Show a pod as running, as a kubelet would."""
+        self._patch_pod(pod, phase="Running", state={"running": {"startedAt": _now()}})
+
+    def end_pod(self, pod: dict[str, Any], exit_code: int = 0, *, message: str = "", reason: str | None = None) -> None:
+        """Show a pod as ended, as a kubelet would."""
+        terminated = {
+            "exitCode": exit_code,
+            "reason": reason or ("Error" if exit_code else "Completed"),
+            "message": message,
+            "startedAt": _now(),
+            "finishedAt": _now(),
+        }
+        self._patch_pod(pod, phase="Failed" if exit_code else "Succeeded", state={"terminated": terminated})
+
+    def _patch_pod(self, pod: dict[str, Any], *, phase: str, state: dict[str, Any]) -> None:
+        container = {"name": "trainer", "image": "trainer:test", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+        scheduled = {"type": "PodScheduled", "status": "True"}
+        status = {"phase": phase, "conditions": [scheduled], "containerStatuses": [container], "startTime": _now()}
+        self.api.patch(self.path("pods", pod["metadata"]["name"]) + "/status", {"status": status})
+
+    def create_token(self, pod: dict[str, Any], *, audience: str = "finetune.dev/reports") -> str:
+        """Return a token as the kubelet projects it into a pod."""
+        metadata = pod["metadata"]
+        bound = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
+        request = {"spec": {"audiences": [audience], "expirationSeconds": 600, "boundObjectRef": bound}}
+        return str(self.api.create(self.path("serviceaccounts", "default") + "/token", request)["status"]["token"])
+
+
+@pytest.fixture
+def team(api: Any) -> Iterator[Team]:
+    """A namespace of the test's own."""
+    team = Team(api, f"team-{secrets.token_hex(4)}")
+    yield team
+    for job in api.get(team.path("finetunejobs"))["items"]:
+        api.delete(team.path("finetunejobs", job["metadata"]["name"]))
+    api.delete(f"/api/v1/namespaces/{team.namespace}")
+
+
+@pytest.fixture
+def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Operator]:
+    """An operator for the team's namespace, not started yet."""
+    certificate, key = tls
+    ports = {f"FINETUNE_{name}_PORT": str(_find_port()) for name in ("REPORT", "METRICS", "HEALTH")}
+    environment = ports | {
+        "KUBECONFIG": str(_write_kubeconfig(team, tmp_path / "kubeconfig")),
+        "FINETUNE_NAMESPACES": team.namespace,
+        "FINETUNE_TRAINER_IMAGE": "trainer:test",
+        "FINETUNE_BIND_ADDRESS": "127.0.0.1",
+        "FINETUNE_REPORT_URL": f"https://localhost:{ports['FINETUNE_REPORT_PORT']}",
+        "FINETUNE_REPORT_CA_FILE": str(certificate),
+        "FINETUNE_TLS_CERTIFICATE_FILE": str(certificate),
+        "FINETUNE_TLS_KEY_FILE": str(key),
+        "FINETUNE_RETRY_BASE_SECONDS": "0.2",
+        "FINETUNE_PROGRESS_SECONDS": "0.2",
+        "FINETUNE_EVIDENCE_SECONDS": "2",
+    }
+    operator = Operator(environment=environment, log=tmp_path / "operator.log")
+    yield operator
+    operator.stop()
+    assert "Traceback" not in operator.log, operator.log
+
+
+def _write_kubeconfig(team: Team, path: Path) -> Path:
+    """Write a kubeconfig for a service account that has the operator's rights in the team's namespace."""
+    api, namespace = team.api, team.namespace
+    api.create(team.path("serviceaccounts"), {"metadata": {"name": "operator"}})
+    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": namespace}
+    for kind, rules, prefix in (
+        ("Role", RULES, f"{_RBAC}/namespaces/{namespace}"),
+        ("ClusterRole", CLUSTER_RULES, _RBAC),
+    ):
+        name = f"operator-{namespace}"
+        api.create(f"{prefix}/{kind.lower()}s", {"metadata": {"name": name}, "rules": rules})
+        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
+        api.create(f"{prefix}/{kind.lower()}bindings", {"metadata": {"name": name}, "roleRef": reference, "subjects": [subject]})
+    request = {"spec": {"expirationSeconds": 3600}}
+    token = api.create(team.path("serviceaccounts", "operator") + "/token", request)["status"]["token"]
+    authority = base64.b64encode(api.ca.encode()).decode()
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": api.server, "certificate-authority-data": authority}}],
+        "users": [{"name": "u", "user": {"token": token}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for localhost, and its key."""
+    return write_certificate(tmp_path_factory.mktemp("tls"), name="localhost")
+
+
+def write_certificate(folder: Path, *, name: str) -> tuple[Path, Path]:
+    """Write a certificate that is its own authority, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    certificate_file, key_file = folder / "tls.crt", folder / "tls.key"
+    encoding = serialization.Encoding.PEM
+    key_bytes = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    certificate_file.write_bytes(certificate.public_bytes(encoding))
+    key_file.write_bytes(key_bytes)
+    return certificate_file, key_file
+
+
+def _find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    return wait_until
+
+
+@pytest.fixture
+def rules() -> list[dict[str, list[str]]]:
+    return [*RULES, *CLUSTER_RULES]
+
+
+@pytest.fixture
+def requests(control_plane: Path) -> Callable[[], list[dict[str, Any]]]:
+    """The requests that the API server finished, from its audit log."""
+
+    def read() -> list[dict[str, Any]]:
+        lines = (control_plane.parent / "audit.log").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def writes(requests: Callable[[], list[dict[str, Any]]]) -> Callable[..., list[tuple[str, str]]]:
+    """The verb and path of every write of the team's operator to a FineTuneJob and its children."""
+
+    def read(team: Team, *, about: str) -> list[tuple[str, str]]:
+        user = f"system:serviceaccount:{team.namespace}:operator"
+        verbs = {"create", "update", "patch", "delete", "deletecollection"}
+        mine = [each for each in requests() if each["user"]["username"] == user and each["verb"] in verbs]
+        return [(each["verb"], each["requestURI"]) for each in mine if each["objectRef"].get("name", "").startswith(about)]
+
+    return read
+
+
+@pytest.fixture
+def certify() -> Callable[..., tuple[Path, Path]]:
+    return write_certificate

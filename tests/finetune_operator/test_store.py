@@ -145,7 +145,7 @@ def test_purge_removes_by_uid_and_names_the_owners(store: Store, objects: Any) -
         pytest.param("buried", 99, True, id="deleted since"),
     ],
 )
-def test_store_knows_what_it_saw(store: Store, objects: Any, uid: str, version: int, expected: bool) -> None:
+def test_store_knows_what_it_saw(store: Store, objects: Any, *, uid: str, version: int, expected: bool) -> None:
     store.observe(Kind.FINETUNEJOB, objects.job(uid="buried", version=3), is_deleted=True)
     store.observe(Kind.FINETUNEJOB, objects.job(version=5))
 

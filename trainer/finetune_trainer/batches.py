@@ -5,6 +5,7 @@ Nothing is remembered between steps, so training can go on from any step and see
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,11 +49,13 @@ def draw_batch(
     return x_BCHW, training.y_N[chosen_B].to(device)
 
 
+@lru_cache(maxsize=2)
 def order_examples(num_examples: int, *, seed: int, epoch: int) -> Tensor:
     """Return the order of the examples in an epoch."""
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
 
 
+@lru_cache(maxsize=2)
 def draw_numbers(num_examples: int, *, seed: int, epoch: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
     """Return the random numbers from 0 to 1 that decide on the augmentation of each example in an epoch."""
     generator = np.random.Generator(np.random.Philox(key=mix_seed(seed, epoch)))

@@ -62,7 +62,9 @@ def load_checkpoint(folder: Path, stage: str, *, identity: Mapping[str, str]) ->
                 logger.info("not using %s: it belongs to other data, settings or weights", path)
                 continue
             contents = {name: (path / name).read_bytes() for name in (_TENSORS, _STATE)}
-            broken = [name for name, content in contents.items() if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]]
+            broken = [
+                name for name, content in contents.items() if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]
+            ]
             if broken:
                 raise ValueError(f"{', '.join(broken)} differ from the manifest")
             return Checkpoint(safetensors.torch.load(contents[_TENSORS]), json.loads(contents[_STATE]))

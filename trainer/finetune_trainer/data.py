@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
+from finetune_api.v1alpha1 import DatasetFormat
 from PIL import Image
 
-from finetune_api.v1alpha1 import DatasetFormat
 from finetune_trainer.errors import InvalidDataError
 
 

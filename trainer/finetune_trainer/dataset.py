@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from finetune_api.contract import TrainerConfig
 from torch import Tensor
 
-from finetune_api.contract import TrainerConfig
 from finetune_trainer.audit import Audit, audit
 from finetune_trainer.data import Split, list_examples
+from finetune_trainer.device import Device
 from finetune_trainer.pictures import load_pictures
 
 
@@ -39,6 +40,7 @@ def read_dataset(
     *,
     image_size: int,
     num_threads: int,
+    device: Device,
     check: Callable[[], None],
     advance: Callable[[float], None],
 ) -> Dataset:
@@ -57,7 +59,7 @@ def read_dataset(
     classes = {label: number for number, label in enumerate(audited.labels)}
     return Dataset(
         audited,
-        torch.from_numpy(pictures.pixels_NHWC),
+        device.keep(torch.from_numpy(pictures.pixels_NHWC)),
         torch.tensor([classes.get(example.label, -1) for example in listing.examples]),
         pictures.digests,
         {

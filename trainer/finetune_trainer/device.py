@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-from torch import Tensor, nn
-
 from finetune_api.v1alpha1 import Precision
+from torch import Tensor, nn
 
 # CUDA needs a fixed workspace for deterministic matrix products, and reads it when its library loads.
 CUBLAS_WORKSPACE = ":4096:8"
@@ -53,8 +52,8 @@ def select_device(precision: Precision) -> Device:
 def prepare_arithmetic(num_threads: int) -> None:
     """Use `num_threads` threads and deterministic algorithms."""
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in the stubs
     torch.backends.cudnn.deterministic = True
 
 

@@ -33,8 +33,8 @@ class Measurement:
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def compute_logits(
     """Return the logits z_NK of the pictures at `index_N`."""
     model.eval()
     parts = []
-    for index_B in index_N.split(BATCH_SIZE):
+    for index_B in torch.split(index_N, BATCH_SIZE):
         check()
         pixels_BHWC = pixels_NHWC[index_B.to(pixels_NHWC.device)].to(device.name)
         with device.autocast():
@@ -94,7 +94,9 @@ def evaluate(
     predicted = after.argmax(1)
     point = _measure(y, predicted, after, num_classes=len(labels))
     intervals = _bootstrap(y, predicted, after, num_classes=len(labels), seed=seed)
-    measurements = tuple(Measurement(f"{split}_{name}", value, *intervals[name]) for name, value in point.items())
+    measurements = tuple(
+        Measurement(f"{split}_{name}", value, *intervals.get(name, (None, None))) for name, value in point.items()
+    )
     confusion = _count_confusion(y, predicted, len(labels))
     details = {
         "examples": len(y),
@@ -147,6 +149,8 @@ def _bootstrap(
         drawn = generator.integers(len(y), size=len(y))
         for name, value in _measure(y[drawn], predicted[drawn], probability[drawn], num_classes=num_classes).items():
             samples.setdefault(name, []).append(value)
+    # Resampling adds to the calibration error, so its quantiles would not even hold the value itself.
+    del samples["ece"]
     return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in samples.items()}
 
 

@@ -42,6 +42,7 @@ class Features:
 def compute_features(
     backbone: Backbone,
     pixels_NHWC: Tensor,
+    index_N: Tensor,
     digests: Sequence[str],
     *,
     device: Device,
@@ -50,11 +51,11 @@ def compute_features(
     check: Callable[[], None],
     advance: Callable[[float], None],
 ) -> Features:
-    """Return the features of all pictures: those in the cache, and the others computed and added to it."""
+    """Return the features of the pictures at `index_N`, whose contents have these digests; what is not cached is computed."""
     folder = cache / compute_key(backbone, device=device, mirrored=mirrored)
     known = _read_shards(folder)
     num_cached = sum(digest in known for digest in digests)
-    missing = {digest: position for position, digest in enumerate(digests) if digest not in known}
+    missing = {digest: int(index) for digest, index in zip(digests, index_N, strict=True) if digest not in known}
     started = time.perf_counter()
     fresh: dict[str, Tensor] = {}
     try:
@@ -77,7 +78,12 @@ def compute_features(
 
 def compute_key(backbone: Backbone, *, device: Device, mirrored: bool) -> str:
     """Return the name of the cache: a hash over all that a feature depends on besides the picture."""
-    identity = {**backbone.architecture.describe(), "weights": backbone.digest, "precision": device.precision, "mirrored": mirrored}
+    identity = {
+        **backbone.architecture.describe(),
+        "weights": backbone.digest,
+        "precision": device.precision,
+        "mirrored": mirrored,
+    }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

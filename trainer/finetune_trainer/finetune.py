@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import timm.optim
 import torch
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,7 +41,6 @@ class FineTuned:
 
     weights: Weights
     average: Weights
-    last: Note
 
 
 def finetune(
@@ -57,7 +56,7 @@ def finetune(
     seconds_left: Callable[[], float | None],
     check: Callable[[], None],
     advance: Callable[[Note], None],
-) -> FineTuned:
+) -> tuple[FineTuned, Note]:
     """Train `model` in place until the plan or the time is over; `step_seconds` is the first guess of a step's time."""
     optimizer = torch.optim.AdamW(group_parameters(model, recipe), fused=True)
     augmentation = Augmentation(recipe.smallest_crop, mirror)
@@ -108,15 +107,15 @@ def finetune(
             advance(note)
         durations.append(now - begin)
     assert note is not None, "the loop ends with a note"
-    return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, average, note)
+    return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, average), note
 
 
 def group_parameters(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
     """Return the optimizer's groups: lower rates for earlier layers, no weight decay on biases and norms."""
-    groups = timm.optim.param_groups_layer_decay(
+    groups = param_groups_layer_decay(
         model.backbone,
         weight_decay=recipe.weight_decay,
-        no_weight_decay_list=model.backbone.no_weight_decay() if hasattr(model.backbone, "no_weight_decay") else (),
+        no_weight_decay_list=tuple(getattr(model.backbone, "no_weight_decay", tuple)()),
         layer_decay=recipe.layer_decay,
     )
     backbone = [

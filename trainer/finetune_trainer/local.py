@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from finetune_api import names
 from finetune_api.contract import TrainerConfig, TrainerReport, build_trainer_config, claim_of
 from finetune_api.v1alpha1 import FineTuneJob
+from pydantic import ValidationError
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from finetune_trainer.errors import InvalidSpecError
 
 _SHOWN_METRICS = ("loss", "val_accuracy", "train_images_per_second")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune_trainer.data import Listing
 
@@ -113,4 +113,4 @@ def _describe_fault(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     # Pillow names the in-memory buffer, which tells a reader nothing.
-    return "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+    return "not a picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

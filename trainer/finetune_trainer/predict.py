@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from finetune_api.v1alpha1 import Precision
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune_api.v1alpha1 import Precision
 from finetune_trainer.backbone import (
     CONFIG_FILE,
     WEIGHTS_FILE,

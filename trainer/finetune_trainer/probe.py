@@ -46,7 +46,12 @@ def fit_probe(f_ND: Tensor, y_N: Tensor, num_classes: int, *, seed: int, check: 
     mean_D, std_D = f_ND.mean(0), f_ND.std(0, unbiased=False).clamp_min(1e-6)
     z_ND = (f_ND - mean_D) / std_D
     strength, accuracy, nll = _choose_strength(z_ND, y_N, num_classes, seed=seed, check=check)
-    return Probe(_unscale(fit_head(z_ND.double(), y_N, num_classes, strength=strength, check=check), mean_D, std_D), strength, accuracy, nll)
+    return Probe(
+        _unscale(fit_head(z_ND.double(), y_N, num_classes, strength=strength, check=check), mean_D, std_D),
+        strength,
+        accuracy,
+        nll,
+    )
 
 
 def fit_head(
@@ -119,9 +124,11 @@ def _assign_folds(y_N: Tensor, *, seed: int) -> Tensor:
     return fold_N
 
 
-def _minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], *, max_iterations: int, check: Callable[[], None]) -> None:
+def _minimise(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], *, max_iterations: int, check: Callable[[], None]
+) -> None:
     for parameter in parameters:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_()
     precise = parameters[0].dtype is torch.float64
     optimizer = torch.optim.LBFGS(
         parameters,
@@ -137,8 +144,8 @@ def _minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], *, max_i
         optimizer.zero_grad()
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        return float(value)
+        return float(value.detach())
 
-    optimizer.step(evaluate)
+    optimizer.step(evaluate)  # type: ignore[no-untyped-call]  # untyped in torch
     for parameter in parameters:
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False

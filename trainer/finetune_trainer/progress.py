@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from finetune_api.contract import FailureReport, TrainerReport
 from finetune_api.v1alpha1 import Metric, OutputStatus, Result, TrainerStatus
+
 from finetune_trainer.budget import Budget
 
 # Less than this is done too early to say how long the rest takes.

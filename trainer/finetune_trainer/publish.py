@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-
 from finetune_api.v1alpha1 import OutputStatus, Result
+
 from finetune_trainer.backbone import CONFIG_FILE, WEIGHTS_FILE
 from finetune_trainer.durable import sync_folder, write_file
 from finetune_trainer.finetune import Weights

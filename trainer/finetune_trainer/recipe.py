@@ -62,12 +62,10 @@ def _choose_batch_size(num_train: int, *, on_cpu: bool) -> int:
     largest = 32 if on_cpu else 128
     # At least ten steps an epoch, so that a small set is not one step.
     fitting = max(8, num_train // 10)
-    return min(largest, 2 ** (fitting.bit_length() - 1))
+    return min(largest, 1 << (fitting.bit_length() - 1))
 
 
-def _plan_steps(
-    num_train: int, batch_size: int, *, training_seconds: int | None, hyperparameters: Hyperparameters
-) -> int | None:
+def _plan_steps(num_train: int, batch_size: int, *, training_seconds: int | None, hyperparameters: Hyperparameters) -> int | None:
     steps_per_epoch = count_steps_per_epoch(num_train, batch_size)
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps

@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from finetune_api.contract import MAX_TERMINATION_MESSAGE_BYTES, TrainerReport
+
 from finetune_trainer.errors import shorten
 
 logger = logging.getLogger(__name__)
@@ -117,24 +118,20 @@ def write_termination_message(path: Path, report: TrainerReport) -> None:
 def _drop_details(report: TrainerReport) -> Iterator[TrainerReport]:
     """Yield the report with less and less in it, the most dispensable first."""
     yield report
-    if report.result is not None:
-        warnings = report.result.warnings
-        for limit in (200, 80):
-            warnings = tuple(shorten(warning, limit) for warning in warnings)
-            report = report.model_copy(update={"result": report.result.model_copy(update={"warnings": warnings})})
-            yield report
-        for kept in (4, 0):
-            report = report.model_copy(update={"result": report.result.model_copy(update={"warnings": warnings[:kept]})})
+    result = report.result
+    if result is not None:
+        for limit, kept in ((200, 16), (80, 16), (80, 4), (80, 0)):
+            warnings = tuple(shorten(warning, limit) for warning in result.warnings[:kept])
+            report = report.model_copy(update={"result": result.model_copy(update={"warnings": warnings})})
             yield report
     report = report.model_copy(update={"trainer_status": report.trainer_status.model_copy(update={"metrics": ()})})
     yield report
     if report.result is not None:
         for kept in (8, 1):
-            result = report.result.model_copy(update={"metrics": report.result.metrics[:kept]})
-            yield report.model_copy(update={"result": result})
-    for limit in (400, 0):
-        short = shorten(report.log_tail, limit) if report.log_tail and limit else None
-        report = report.model_copy(update={"log_tail": short, "result": None})
+            fewer = report.result.model_copy(update={"metrics": report.result.metrics[:kept]})
+            yield report.model_copy(update={"result": fewer})
+    for log_tail in (shorten(report.log_tail or "", 300) or None, None):
+        report = report.model_copy(update={"log_tail": log_tail, "result": None})
         yield report
     if report.failure is not None:
         failure = report.failure.model_copy(update={"message": shorten(report.failure.message, 300)})

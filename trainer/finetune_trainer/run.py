@@ -2,39 +2,74 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.contract import TrainerConfig, TrainerReport
-from finetune_api.v1alpha1 import MethodType
-from finetune_trainer.backbone import Backbone, load_backbone
+
+from finetune_trainer.backbone import load_backbone
 from finetune_trainer.budget import Budget
 from finetune_trainer.checkpoint import remove_checkpoints
-from finetune_trainer.dataset import Dataset, read_dataset
-from finetune_trainer.device import Device, count_cpus, prepare_arithmetic, select_device
+from finetune_trainer.dataset import read_dataset
+from finetune_trainer.device import count_cpus, prepare_arithmetic, select_device
 from finetune_trainer.errors import InvalidSpecError
+from finetune_trainer.job import Job
+from finetune_trainer.model_v0 import fit_model_v0
 from finetune_trainer.outcome import Outcome, build_artefact, measure, to_result
-from finetune_trainer.progress import Phase, Progress, Sink
+from finetune_trainer.progress import Phase, Progress
 from finetune_trainer.publish import publish, read_published
-from finetune_trainer.stages import Job, fit_model_v0, select_model, tune
+from finetune_trainer.select import select_model
+from finetune_trainer.tune import tune
 
 logger = logging.getLogger(__name__)
 
 MODEL_V0 = "model-v0"
 
 
-def run(config: TrainerConfig, *, budget: Budget, check: Callable[[], None], sinks: Sequence[Sink]) -> TrainerReport:
+def run(config: TrainerConfig, *, budget: Budget, check: Callable[[], None], progress: Progress) -> TrainerReport:
     """Carry out the job and return its last report; a run that is already published is not repeated."""
-    progress = Progress(budget, sinks, with_finetune=config.method is not MethodType.PROBE)
     progress.begin(Phase.READ)
-    output = Path(config.output_path)
-    prepare_output(output, Path(config.work_path))
-    published = read_published(output, run=config.run, uri=config.output_uri)
+    _prepare_folders(config)
+    published = read_published(Path(config.output_path), run=config.run, uri=config.output_uri)
     if published is not None:
-        logger.info("this run is already published in %s", output)
+        logger.info("this run is already published in %s", config.output_path)
         return progress.finish(published.output, published.result)
 
+    job = _prepare_job(config, budget=budget, check=check, progress=progress)
+    v0 = fit_model_v0(job)
+    outcome = measure(job, v0.choice, details={"modelV0": v0.details})
+    publish(Path(config.work_path) / MODEL_V0, build_artefact(job, outcome), uri=config.output_uri)
+    _announce(job, outcome, "model v0")
+    progress.note(probe_val_accuracy=outcome.val_accuracy, val_accuracy=outcome.val_accuracy)
+
+    tuning = tune(job, v0)
+    progress.begin(Phase.FINISH)
+    details = {"modelV0": v0.details, "finetuning": tuning.details}
+    choice = v0.choice if tuning.tuned is None else select_model(job, v0.choice, v0.probe.head, tuning.tuned, tuning.recipe)
+    outcome = measure(job, choice, notes=tuning.notes, details=details)
+    output = publish(Path(config.output_path), build_artefact(job, outcome), uri=config.output_uri)
+    remove_checkpoints(Path(config.work_path))
+    _announce(job, outcome, f"published {outcome.choice.candidate}")
+    progress.note(val_accuracy=outcome.val_accuracy)
+    return progress.finish(output, to_result(job, outcome))
+
+
+def _prepare_folders(config: TrainerConfig) -> None:
+    """Create the folders, and find out before any work whether they can be written."""
+    probe_file = Path(config.output_path) / ".writable"
+    try:
+        Path(config.work_path).mkdir(parents=True, exist_ok=True)
+        probe_file.write_bytes(b"")
+        probe_file.unlink()
+    except OSError as error:
+        raise InvalidSpecError(
+            "OutputNotWritable",
+            f"spec.output.uri: {config.output_path} cannot be written by user {os.getuid()} ({error.strerror}); "
+            "give a volume that is mounted read-write and whose files belong to this user or to the pod's fsGroup",
+        ) from error
+
+
+def _prepare_job(config: TrainerConfig, *, budget: Budget, check: Callable[[], None], progress: Progress) -> Job:
     num_threads = count_cpus()
     prepare_arithmetic(num_threads)
     device = select_device(config.hyperparameters.precision)
@@ -44,26 +79,22 @@ def run(config: TrainerConfig, *, budget: Budget, check: Callable[[], None], sin
         image_size=config.hyperparameters.image_size,
         cache=Path(config.work_path) / "hub",
     )
-    logger.info("backbone %s from %s, %s, %d threads", backbone.architecture.name, backbone.source, device.name, num_threads)
+    logger.info("%s from %s on %s, %d threads", backbone.architecture.name, backbone.source, device.name, num_threads)
     dataset = read_dataset(
-        config, image_size=backbone.architecture.preprocessing.image_size, num_threads=num_threads, check=check,
+        config,
+        image_size=backbone.architecture.preprocessing.image_size,
+        num_threads=num_threads,
+        device=device,
+        check=check,
         advance=progress.advance,
-    )  # fmt: skip
+    )
+    for finding in dataset.audit.findings:
+        logger.warning("%s: %s", finding.kind, finding.to_warning())
+    logger.info("%d classes, %s", len(dataset.labels), {split.value: len(index) for split, index in dataset.positions.items()})
     device.place(backbone.model)
-    job = Job(config, budget, device, backbone, dataset, progress, check)
+    return Job(config, budget, device, backbone, dataset, progress, check)
 
-    outcome = fit_model_v0(job)
-    publish(Path(config.work_path) / MODEL_V0, build_artefact(job, outcome), uri=config.output_uri)
-    progress.note(probe_val_accuracy=outcome.val_accuracy, val_accuracy=outcome.val_accuracy)
-    progress.advance(1.0)
-    logger.info("model v0 (probe): validation accuracy %.4f after %.1f s", outcome.val_accuracy, budget.elapsed_seconds())
 
-    tuned = tune(job, outcome)
-    progress.begin(Phase.FINISH)
-    outcome = measure(job, select_model(job, outcome, tuned))
-    progress.note(val_accuracy=outcome.val_accuracy)
-    status = publish(output, build_artefact(job, outcome), uri=config.output_uri)
-    remove_checkpoints(Path(config.work_path))
-    result = to_result(job, outcome)
-    logger.info("published %s after %.1f s: %s", outcome.candidate, budget.elapsed_seconds(), outcome.describe())
-    return progress.finish(status, result)
+def _announce(job: Job, outcome: Outcome, what: str) -> None:
+    values = ", ".join(f"{item.name} {item.value:.4f}" for item in outcome.measurements if item.name.endswith("accuracy"))
+    logger.info("%s after %.1f s: %s", what, job.budget.elapsed_seconds(), values)

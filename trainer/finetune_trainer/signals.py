@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from finetune_api.contract import ExitCode
+
 from finetune_trainer.errors import PreemptedError
 
 

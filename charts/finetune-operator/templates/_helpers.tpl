@@ -35,7 +35,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{- define "finetune-operator.tlsSecretName" -}}
-{{- .Values.tls.existingSecret | default (printf "%s-tls" (include "finetune-operator.fullname" .)) -}}
+{{- $fullname := include "finetune-operator.fullname" . -}}
+{{- $made := printf "%s-%s" $fullname (ternary "certificate" "tls" .Values.tls.certManager.enabled) -}}
+{{- .Values.tls.existingSecret | default $made -}}
 {{- end -}}
 
 {{/* Names by which trainer pods may reach the report receiver, as a JSON list. */}}

@@ -11,7 +11,15 @@ from localcluster.errors import ClusterError
 from localcluster.locks import locked
 from localcluster.network import node_address
 from localcluster.node import NAMES as NODE_NAMES
-from localcluster.node import claim_machine, clean_machine, ensure_containerd, ensure_node, owner_of_machine, prepare_machine
+from localcluster.node import (
+    claim_machine,
+    clean_machine,
+    ensure_containerd,
+    ensure_node,
+    owner_of_machine,
+    prepare_machine,
+    release_machine,
+)
 from localcluster.paths import CLUSTERS, MACHINE, Instance
 from localcluster.processes import boot_id, is_running, stop
 from localcluster.shell import say
@@ -49,6 +57,8 @@ def down(instance: Instance) -> None:
     """Stop a cluster's processes and remove all it made but volumes and logs."""
     with _locked(instance, has_node=owner_of_machine() == instance.folder):
         _tear_down(instance)
+        if owner_of_machine() == instance.folder:
+            release_machine()
     say(f"{instance.name} is down")
 
 
@@ -68,10 +78,10 @@ def all_instances() -> tuple[Instance, ...]:
 
 
 def describe(instance: Instance) -> str:
-    """Return a few lines on what runs of a cluster."""
+    """Return a few lines on what runs of a cluster, nothing for one that is down."""
     state = read_state(instance)
     if state is None:
-        return f"{instance.name}: down"
+        return ""
     names = (*CONTROL_PLANE_NAMES, *(NODE_NAMES if state.mode == "node" else ()))
     rows = (f"  {name:<24} {'running' if is_running(instance, name) else 'not running'}" for name in names)
     return "\n".join((f"{instance.name}: {state.mode}, kubeconfig {instance.kubeconfig}", *rows))
@@ -94,6 +104,7 @@ def _recover_state(instance: Instance, *, mode: str) -> ClusterState:
         _tear_down(instance)
         state = None
     if state is None:
+        _stop_lost_programs(instance)
         ports = choose_ports(preferred_ports(instance.name), is_free=is_free_port, any_free_port=find_free_port)
         state = ClusterState(mode=mode, ports=ports, boot_id=boot_id(), node_ip=node_address())
     elif state.mode == "node" and mode == "control-plane":
@@ -101,6 +112,13 @@ def _recover_state(instance: Instance, *, mode: str) -> ClusterState:
     state = ClusterState(mode=mode, ports=state.ports, boot_id=state.boot_id, node_ip=state.node_ip)
     write_state(instance, state)
     return state
+
+
+def _stop_lost_programs(instance: Instance) -> None:
+    """Stop what runs of a cluster whose state is gone, but for a containerd that images were imported into."""
+    for name in (*reversed(NODE_NAMES), *reversed(CONTROL_PLANE_NAMES)):
+        if name != "containerd":
+            stop(instance, name)
 
 
 def _tear_down(instance: Instance) -> None:

@@ -4,12 +4,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from localcluster.network import CNI_CONFIG, CNI_PLUGINS
 from localcluster.paths import CONTAINERD_SOCKET, CONTAINERD_STATE, Instance, cache_folder
-from localcluster.processes import Component, find_by_command_line, is_running, stop_process
+from localcluster.processes import Component, find_processes, is_running, stop_process
 from localcluster.shell import run, say, try_run
 
 PAUSE_IMAGE = "docker.io/library/finetune-pause:1"
@@ -63,12 +63,18 @@ def remove_containers(instance: Instance) -> None:
 
 def remove_remains(kubelet_roots: Iterable[Path]) -> None:
     """Remove what containers left on the machine: shims, processes, cgroups and mounts."""
-    for shim in find_by_command_line(("-address", str(CONTAINERD_SOCKET))):
+    for shim in find_processes(is_own_shim):
         stop_process(shim, grace_seconds=0)
     _empty_cgroups()
     for folder in (CONTAINERD_STATE, *kubelet_roots):
         unmount_below(folder)
     shutil.rmtree(CONTAINERD_STATE, ignore_errors=True)
+
+
+def is_own_shim(command: Sequence[str]) -> bool:
+    """Say whether a command line is that of a container's shim which belongs to the machine's node."""
+    is_shim = bool(command) and Path(command[0]).name.startswith("containerd-shim")
+    return is_shim and str(CONTAINERD_SOCKET) in command
 
 
 def unmount_below(folder: Path) -> None:

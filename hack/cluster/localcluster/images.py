@@ -43,7 +43,8 @@ def ensure_images(instance: Instance, *, names: Sequence[str]) -> None:
             _remove_halves()
             _ensure_base_image()
             for name in missing:
-                _build_and_import(name, references[name])
+                references[name] = _build(name)
+                _import(name, references[name])
             _prune_builds()
     _write_references(references)
 
@@ -83,22 +84,30 @@ def _files(roots: Iterable[Path]) -> Iterator[Path]:
                 yield path
 
 
-def _build_and_import(name: str, reference: str) -> None:
-    local = f"localhost/finetune-{name}:dev"
-    with _timed(f"building {name}"):
-        run(
-            [
-                *_buildah(),
-                "build",
-                "--layers",
-                "--isolation",
-                "chroot",
-                "--network",
-                "host",
-                *_build_flags(name, local),
-                WORK_TREE,
-            ]
-        )
+def _build(name: str) -> str:
+    """Build an image from inputs that did not change meanwhile, and return its reference."""
+    command: list[str | Path] = [
+        *_buildah(),
+        "build",
+        "--layers",
+        "--isolation",
+        "chroot",
+        "--network",
+        "host",
+        *_build_flags(name),
+        WORK_TREE,
+    ]
+    while True:
+        reference = image_reference(WORK_TREE, name)
+        with _timed(f"building {name}"):
+            run(command)
+        if image_reference(WORK_TREE, name) == reference:
+            return reference
+        say("the work tree changed meanwhile")
+
+
+def _import(name: str, reference: str) -> None:
+    local = _local_name(name)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".export-") as folder, _timed(f"importing {name}"):
         present = _present_digests()
         manifest, blobs = _export(local, Path(folder), present=present)
@@ -107,8 +116,12 @@ def _build_and_import(name: str, reference: str) -> None:
     _remember(name, reference, config=blob_digests(manifest)[0])
 
 
-def _build_flags(name: str, local: str) -> tuple[str, ...]:
-    flags = ("--quiet", "--target", name, "--build-arg", f"BASE_IMAGE={BASE_IMAGE}", "--tag", local)
+def _local_name(name: str) -> str:
+    return f"localhost/finetune-{name}:dev"
+
+
+def _build_flags(name: str) -> tuple[str, ...]:
+    flags = ("--quiet", "--target", name, "--build-arg", f"BASE_IMAGE={BASE_IMAGE}", "--tag", _local_name(name))
     if not CA_BUNDLE.exists():
         return flags
     # Mounted for the time of the build alone: the machine's authorities must not end up in an image.

@@ -57,7 +57,8 @@ def claim_machine(instance: Instance) -> None:
 def ensure_containerd(instance: Instance) -> None:
     """Start containerd unless it runs, after cleaning what an earlier one left."""
     if not is_running(instance, "containerd"):
-        stop(instance, "kubelet")
+        for name in ("kubelet", "containerd"):
+            stop(instance, name)
         remove_remains((instance.kubelet_root,))
         remove_network()
     # Before containerd, which watches the folder of the network's configuration from its start.
@@ -88,6 +89,10 @@ def clean_machine(instance: Instance) -> None:
     remove_remains((instance.kubelet_root,))
     remove_network()
     _remove_log_links(instance)
+
+
+def release_machine() -> None:
+    """Let another cluster have the machine's node."""
     NODE_OWNER.unlink(missing_ok=True)
 
 
@@ -157,6 +162,7 @@ def _kubelet(instance: Instance, state: ClusterState) -> Component:
         f"--config={config}",
         f"--kubeconfig={kubeconfig_of(instance, 'kubelet')}",
         f"--root-dir={instance.kubelet_root}",
+        f"--cert-dir={instance.kubelet_root / 'pki'}",
         f"--hostname-override={NODE_NAME}",
         f"--node-ip={state.node_ip}",
     )

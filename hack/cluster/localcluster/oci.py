@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import platform
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from localcluster.shell import try_run
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 
 
@@ -46,7 +48,7 @@ def import_single_program(program: Path, *, reference: str) -> None:
     layer = _layer_of(program)
     config = _json_bytes(
         {
-            "architecture": "amd64",
+            "architecture": ARCHITECTURES[platform.machine()],
             "os": "linux",
             "config": {"Entrypoint": [f"/{program.name}"], "User": "65535:65535"},
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{_digest(layer)}"]},

@@ -18,7 +18,7 @@ NODE_PACKAGES = {
     "conntrack": "conntrack",
     "ethtool": "ethtool",
     "gcc": "gcc",
-    "libc6-dev": "/usr/lib/x86_64-linux-gnu/libc.a",
+    "libc6-dev": "/usr/include/stdio.h",
 }
 BUILD_PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap"}
 NEEDS_ROOT = (

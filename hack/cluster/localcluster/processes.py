@@ -54,11 +54,14 @@ def is_running(instance: Instance, name: str) -> bool:
 
 
 def stop(instance: Instance, name: str) -> None:
-    """Stop a program by its record, first asking, then by force, and forget the record."""
-    record = read_record(instance, name)
-    if record is not None and is_alive(record):
-        say(f"stopping {name} (process {record.pid})")
-        stop_process(record)
+    """Stop a program, first asking, then by force, and forget its record; one whose record is lost is found by its command."""
+    recorded = read_record(instance, name)
+    # The work tree, and the records in it, may have been deleted and cloned again meanwhile.
+    found = find_processes(lambda command: is_program_of(instance, name, command))
+    for record in {*found, *((recorded,) if recorded else ())}:
+        if is_alive(record):
+            say(f"stopping {name} (process {record.pid})")
+            stop_process(record)
     _record_path(instance, name).unlink(missing_ok=True)
 
 
@@ -114,16 +117,16 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def find_by_command_line(words: Sequence[str]) -> tuple[ProcessRecord, ...]:
-    """Return the processes whose command line holds all the words in a row."""
-    needle = b"\0".join(word.encode() for word in words) + b"\0"
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid() and needle in _command_line(folder):
-            record = record_of(int(folder.name))
-            if record is not None:
-                found.append(record)
-    return tuple(found)
+def find_processes(is_wanted: Callable[[Sequence[str]], bool]) -> tuple[ProcessRecord, ...]:
+    """Return the other processes whose command line is wanted."""
+    pids = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
+    records = (record_of(pid) for pid in pids if pid != os.getpid() and is_wanted(_read_command(pid)))
+    return tuple(record for record in records if record is not None)
+
+
+def is_program_of(instance: Instance, name: str, command: Sequence[str]) -> bool:
+    """Say whether a command line is that of a cluster's program: it has the name and files of the cluster's folder."""
+    return bool(command) and Path(command[0]).name == name and any(f"{instance.folder}/" in word for word in command[1:])
 
 
 def read_log_tail(instance: Instance, name: str) -> str:
@@ -183,8 +186,9 @@ def _wait(is_done: Callable[[], bool], *, seconds: float) -> bool:
     return True
 
 
-def _command_line(folder: Path) -> bytes:
+def _read_command(pid: int) -> Sequence[str]:
     try:
-        return (folder / "cmdline").read_bytes()
+        text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return b""
+        return ()
+    return text.rstrip("\0").split("\0") if text else ()

@@ -1,0 +1,162 @@
+"""The reference pages, from the CRD's schema, the operator's settings and the trainer's exit codes (pure)."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from finetune_api import contract, names
+from finetune_operator.settings import Settings
+
+Schema = dict[str, Any]
+
+_API_HEAD = f"""# {names.KIND}
+
+`{names.API_VERSION}`, kind `{names.KIND}`, short name `{names.SHORT_NAME}`, namespaced.
+`kubectl explain {names.SHORT_NAME}.spec` prints the same text.
+The API server refuses an object that breaks a bound or a rule, and names the field.
+"""
+
+_SETTINGS_HEAD = """# Settings of the operator
+
+Each setting is an environment variable.
+The chart sets all of them from its values; see [its README](../../charts/finetune-operator/README.md).
+
+| variable | type | default | meaning |
+| --- | --- | --- | --- |
+"""
+
+_EXIT_CODES_HEAD = """# Exit codes of the trainer
+
+The operator reads the exit code of a failed trainer to decide whether to try again.
+Every other code is a bug or the machine, and is tried again.
+
+| code | name | meaning | retried |
+| --- | --- | --- | --- |
+"""
+
+
+def build_api_page(crd: Schema) -> str:
+    """Return the page of the API: one section for each object, with its fields and rules."""
+    version = crd["spec"]["versions"][0]
+    root = version["schema"]["openAPIV3Schema"]
+    objects = (each for name in ("spec", "status") for each in _walk(name, root["properties"][name]))
+    sections = (_API_HEAD + _build_rules(root), _build_columns(version["additionalPrinterColumns"]))
+    return "\n".join((*sections, *(_build_section(path, node) for path, node in objects)))
+
+
+def build_settings_page() -> str:
+    """Return the page of the operator's settings."""
+    return _SETTINGS_HEAD + "".join(f"{row}\n" for row in _list_settings())
+
+
+def build_exit_codes_page() -> str:
+    """Return the page of the trainer's exit codes."""
+    meanings = _read_member_docstrings(contract.ExitCode)
+    rows = (f"| {code.value} | `{code.name}` | {meanings[code.name]} | {_say_retried(code)} |\n" for code in contract.ExitCode)
+    return _EXIT_CODES_HEAD + "".join(rows)
+
+
+def _walk(path: str, node: Schema) -> Iterator[tuple[str, Schema]]:
+    """Yield every object of the schema with its path, items of lists as PATH[]."""
+    yield path, node
+    for name, child in node["properties"].items():
+        below, inner = (f"{path}.{name}[]", child["items"]) if child["type"] == "array" else (f"{path}.{name}", child)
+        if inner["type"] == "object":
+            yield from _walk(below, inner)
+
+
+def _build_section(path: str, node: Schema) -> str:
+    required = node.get("required", ())
+    rows = [
+        f"| `{name}`{' (required)' if name in required else ''} | {_describe_type(child)} | {_describe_default(child)} "
+        f"| {_describe_bounds(child)} | {_escape(child['description'])} |"
+        for name, child in node["properties"].items()
+    ]
+    table = "\n".join(("| field | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |", *rows))
+    return f"## {path}\n\n{_escape(node['description'])}\n\n{table}\n{_build_rules(node)}"
+
+
+def _build_rules(node: Schema) -> str:
+    """Return the rules of an object and of its plain fields, each with its expression."""
+    own = node.get("x-kubernetes-validations", [])
+    fields = [
+        rule
+        for child in node["properties"].values()
+        if child["type"] != "object"
+        for rule in child.get("x-kubernetes-validations", [])
+    ]
+    lines = [f"- {_escape(rule['message'])}\n  `{rule['rule']}`" for rule in (*own, *fields)]
+    return "\nRules:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _build_columns(columns: list[Schema]) -> str:
+    rows = "\n".join(f"| {each['name']} | {each['description']} | `{each['jsonPath']}` |" for each in columns)
+    return f"## Columns of `kubectl get {names.SHORT_NAME}`\n\n| column | meaning | from |\n| --- | --- | --- |\n{rows}\n"
+
+
+def _describe_type(node: Schema) -> str:
+    if node["type"] == "array":
+        return f"list of {node['items']['type']}s"
+    return "time" if node.get("format") == "date-time" else str(node["type"])
+
+
+def _describe_default(node: Schema) -> str:
+    if "default" not in node:
+        return "-"
+    value = node["default"]
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value not in ({}, []) else "empty"
+
+
+def _describe_bounds(node: Schema) -> str:
+    parts = []
+    if "enum" in node:
+        parts.append(", ".join(f"`{value}`" for value in node["enum"]))
+    if "minimum" in node:
+        parts.append(f"{'over' if node.get('exclusiveMinimum') else 'at least'} {node['minimum']}")
+    if "maximum" in node:
+        parts.append(f"at most {node['maximum']}")
+    if "maxLength" in node:
+        parts.append(f"at most {node['maxLength']} characters")
+    if "maxItems" in node:
+        parts.append(f"at most {node['maxItems']} items")
+    return "; ".join(parts) or "-"
+
+
+def _list_settings() -> Iterator[str]:
+    for name, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else f"`{_plain(field.default)}`" if _plain(field.default) else "empty"
+        yield f"| `FINETUNE_{name.upper()}` | {_name_type(field.annotation)} | {default} | {_escape(field.description or '')} |"
+
+
+def _plain(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _name_type(annotation: object) -> str:
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return ", ".join(f"`{choice}`" for choice in choices)
+    words = {"str": "text", "int": "whole number", "float": "number", "Path": "file"}
+    return words.get(getattr(annotation, "__name__", ""), "list")
+
+
+def _read_member_docstrings(kind: type) -> dict[str, str]:
+    """Return the docstring below each member of a class; Python itself keeps none."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        member.targets[0].id: " ".join(str(text.value.value).split())
+        for member, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(member, ast.Assign) and isinstance(member.targets[0], ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _say_retried(code: contract.ExitCode) -> str:
+    return "-" if code is contract.ExitCode.COMPLETE else "never" if code in contract.NEVER_RETRIED else "yes"
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,342 @@
+"""Every constraint of a FineTuneJob's spec, held by the models and by a real kube-apiserver alike: one table for both."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from finetune_api.crd import build_crd
+from finetune_api.v1alpha1 import FineTuneJob
+from pydantic import ValidationError
+
+PATH = "/apis/finetune.dev/v1alpha1/namespaces/default/finetunejobs?dryRun=All&fieldValidation=Strict"
+
+# Values that a spec gets, by dotted path; None removes a field.
+Change = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """One constraint: where it stands, changes that it accepts and refuses, and what a refusal says beside the path."""
+
+    path: str
+    keyword: str
+    accepts: tuple[Change, ...]
+    refuses: tuple[Change, ...]
+    says: str
+    has_model: bool = field(default=True)
+    """Whether the models hold it too: they know no metadata."""
+
+
+def _field(path: str, keyword: str, *, accepts: tuple[Any, ...], refuses: tuple[Any, ...], says: str) -> Constraint:
+    return Constraint(
+        path=path,
+        keyword=keyword,
+        accepts=tuple({path: value} for value in accepts),
+        refuses=tuple({path: value} for value in refuses),
+        says=says,
+    )
+
+
+def _range(path: str, low: float, high: float, *, step: float = 1) -> tuple[Constraint, Constraint]:
+    return (
+        _field(path, "minimum", accepts=(low,), refuses=(low - step, -1), says=f"greater than or equal to {low}"),
+        _field(path, "maximum", accepts=(high,), refuses=(high + step,), says=f"less than or equal to {high}"),
+    )
+
+
+_PVC_ACCEPTS = ("pvc://data", "pvc://my-data/a", "pvc://d/A_b.c-d/0/e")
+_PVC_REFUSES = (
+    "",
+    "s3://bucket/data",
+    "pvc://",
+    "pvc:///a",
+    "pvc://Data/a",
+    "pvc://-data",
+    "pvc://data/",
+    "pvc://data//a",
+    "pvc://data/../secret",
+    "pvc://data/.hidden",
+    "pvc://data/a b",
+    "pvc://data/a\n",
+    "/mnt/data",
+)
+_LONG = "pvc://data/" + "a" * 501
+
+CONSTRAINTS = (
+    Constraint(path="", keyword="required", accepts=({},), refuses=({"spec": None},), says="spec: Required value"),
+    Constraint(
+        path="",
+        keyword="metadata.name must be",
+        accepts=({"metadata.name": "a"}, {"metadata.name": "a" * 45}, {"metadata.name": "a-1"}),
+        refuses=({"metadata.name": "a" * 46}, {"metadata.name": "1a"}, {"metadata.name": "a.b"}),
+        says="at most 45 lower-case letters, digits and hyphens",
+        has_model=False,
+    ),
+    Constraint(
+        path="spec",
+        keyword="required",
+        accepts=({},),
+        refuses=({"spec.task": None}, {"spec.dataset": None}, {"spec.output": None}),
+        says="Required value",
+    ),
+    _field(
+        "spec.task",
+        "enum",
+        accepts=("image-classification",),
+        refuses=("text", "", "Image-Classification"),
+        says='supported values: "image-classification"',
+    ),
+    _field(
+        "spec.model.uri",
+        "uri must be",
+        accepts=("timm://resnet18", "timm://vit_base_patch16_224.augreg2_in21k_ft_in1k", *_PVC_ACCEPTS),
+        refuses=("resnet18", "timm://", "timm://a/b", "hf://org/model", "pvc://models/../x"),
+        says="uri must be timm://NAME, such as timm://resnet18, or pvc://CLAIM/PATH",
+    ),
+    _field("spec.model.uri", "maxLength", accepts=(_LONG,), refuses=(_LONG + "a",), says="may not be more than 512"),
+    Constraint(
+        path="spec.dataset",
+        keyword="required",
+        accepts=({},),
+        refuses=({"spec.dataset": {}},),
+        says="spec.dataset.uri: Required value",
+    ),
+    _field("spec.dataset.uri", "uri must be", accepts=_PVC_ACCEPTS, refuses=_PVC_REFUSES, says="uri must be pvc://CLAIM/PATH"),
+    _field("spec.dataset.uri", "maxLength", accepts=(_LONG,), refuses=(_LONG + "a",), says="may not be more than 512"),
+    _field(
+        "spec.dataset.format",
+        "enum",
+        accepts=("imagefolder", "csv"),
+        refuses=("parquet", ""),
+        says='supported values: "imagefolder", "csv"',
+    ),
+    _field("spec.dataset.validationFraction", "minimum", accepts=(0.05,), refuses=(0.04,), says="greater than or equal to 0.05"),
+    _field("spec.dataset.validationFraction", "maximum", accepts=(0.5,), refuses=(0.51, 1), says="less than or equal to 0"),
+    Constraint(
+        path="spec.dataset",
+        keyword="validationFraction is below",
+        accepts=({"spec.dataset.validationFraction": 0.05},),
+        refuses=({"spec.dataset.validationFraction": 0}, {"spec.dataset.validationFraction": -1}),
+        says="validationFraction is below 0.05; models are chosen on this share of the data, so give 0.05 or more",
+    ),
+    *_range("spec.dataset.testFraction", 0, 0.5, step=0.01),
+    Constraint(
+        path="spec.dataset",
+        keyword="validationFraction + testFraction",
+        accepts=(
+            {"spec.dataset.validationFraction": 0.4, "spec.dataset.testFraction": 0.5},
+            {"spec.dataset.validationFraction": 0.5, "spec.dataset.testFraction": 0.4},
+        ),
+        refuses=(
+            {"spec.dataset.validationFraction": 0.5, "spec.dataset.testFraction": 0.5},
+            {"spec.dataset.validationFraction": 0.41, "spec.dataset.testFraction": 0.5},
+        ),
+        says="validationFraction + testFraction is over 0.9; leave at least a tenth of the data for training",
+    ),
+    _field(
+        "spec.method.type",
+        "enum",
+        accepts=("auto", "probe", "full"),
+        refuses=("lora", ""),
+        says='supported values: "auto", "probe", "full"',
+    ),
+    *_range("spec.hyperparameters.epochs", 1, 10_000),
+    *_range("spec.hyperparameters.maxSteps", 1, 10_000_000),
+    _field("spec.hyperparameters.learningRate", "minimum", accepts=(1e-9,), refuses=(0, -0.1), says="should be greater than 0"),
+    _field("spec.hyperparameters.learningRate", "maximum", accepts=(10, 0.5), refuses=(10.1,), says="less than or equal to 10"),
+    *_range("spec.hyperparameters.batchSize", 1, 65_536),
+    *_range("spec.hyperparameters.imageSize", 32, 1024),
+    _field(
+        "spec.hyperparameters.precision",
+        "enum",
+        accepts=("auto", "fp32", "bf16"),
+        refuses=("fp16", ""),
+        says='supported values: "auto", "fp32", "bf16"',
+    ),
+    *_range("spec.hyperparameters.seed", 0, 2_147_483_647),
+    Constraint(
+        path="spec.hyperparameters",
+        keyword="epochs and maxSteps",
+        accepts=({"spec.hyperparameters.epochs": 5}, {"spec.hyperparameters.maxSteps": 5}),
+        refuses=({"spec.hyperparameters.epochs": 5, "spec.hyperparameters.maxSteps": 5},),
+        says="epochs and maxSteps are both set; give one of them",
+    ),
+    Constraint(
+        path="spec",
+        keyword="method.type probe",
+        accepts=(
+            {"spec.method.type": "probe", "spec.hyperparameters": {"seed": 1, "imageSize": 64, "batchSize": 8}},
+            {"spec.method.type": "full", "spec.hyperparameters.epochs": 5},
+            {"spec.method.type": "auto", "spec.hyperparameters.maxSteps": 5},
+            {"spec.hyperparameters.learningRate": 0.1},
+        ),
+        refuses=(
+            {"spec.method.type": "probe", "spec.hyperparameters.epochs": 5},
+            {"spec.method.type": "probe", "spec.hyperparameters.maxSteps": 5},
+            {"spec.method.type": "probe", "spec.hyperparameters.learningRate": 0.1},
+        ),
+        says="hyperparameters epochs, maxSteps and learningRate do not apply; remove them or choose method.type full",
+    ),
+    _field(
+        "spec.resources.cpu",
+        "cpu must be",
+        accepts=("1", "64", "1.5", "10.25", "0.5", "0.05", "0.001", "0.50", "500m", "1m"),
+        refuses=("", "0", "0.0", "0.000", "0m", "-1", "2 cores", "1.2345", "1e3", "05", "two", "1m\n"),
+        says="cpu must be a number of cores over zero, such as 2, 1.5 or 500m",
+    ),
+    _field("spec.resources.cpu", "maxLength", accepts=("999999m",), refuses=("1" * 17,), says="may not be more than 16"),
+    _field(
+        "spec.resources.memory",
+        "memory must be",
+        accepts=("4Gi", "512Mi", "1Ti", "900M", "4G", "1T"),
+        refuses=("", "0", "4", "4096", "0Gi", "4gb", "4 Gi", "1.5Gi", "-4Gi", "lots"),
+        says="memory must be a whole number with a unit of Mi, Gi, Ti, M, G or T, such as 4Gi",
+    ),
+    _field(
+        "spec.resources.memory", "maxLength", accepts=("999999999Mi",), refuses=("1" * 20 + "G",), says="may not be more than 20"
+    ),
+    *_range("spec.budget.trainingSeconds", 10, 31_536_000),
+    Constraint(
+        path="spec.output",
+        keyword="required",
+        accepts=({},),
+        refuses=({"spec.output": {}},),
+        says="spec.output.uri: Required value",
+    ),
+    _field("spec.output.uri", "uri must be", accepts=_PVC_ACCEPTS, refuses=_PVC_REFUSES, says="uri must be pvc://CLAIM/PATH"),
+    _field("spec.output.uri", "maxLength", accepts=(_LONG,), refuses=(_LONG + "a",), says="may not be more than 512"),
+    Constraint(
+        path="spec",
+        keyword="output.uri lies inside",
+        accepts=(
+            {"spec.dataset.uri": "pvc://x/a", "spec.output.uri": "pvc://x/b"},
+            {"spec.dataset.uri": "pvc://x/a", "spec.output.uri": "pvc://x/ab"},
+            {"spec.dataset.uri": "pvc://x/a/b", "spec.output.uri": "pvc://x/a"},
+        ),
+        refuses=(
+            {"spec.dataset.uri": "pvc://x/a", "spec.output.uri": "pvc://x/a"},
+            {"spec.dataset.uri": "pvc://x/a", "spec.output.uri": "pvc://x/a/b"},
+            {"spec.dataset.uri": "pvc://x", "spec.output.uri": "pvc://x/a"},
+        ),
+        says="output.uri lies inside dataset.uri",
+    ),
+    *_range("spec.runPolicy.backoffLimit", 0, 100),
+)
+
+
+def _params(kind: str, *, only_models: bool = False) -> list[Any]:
+    return [
+        pytest.param(*((constraint, change) if kind == "refuses" else (change,)), id=_name(constraint, change))
+        for constraint in CONSTRAINTS
+        if constraint.has_model or not only_models
+        for change in getattr(constraint, kind)
+    ]
+
+
+def _name(constraint: Constraint, change: Change) -> str:
+    values = ",".join(str(value)[:24] for value in change.values())
+    return f"{constraint.path}-{constraint.keyword}-{values!r}".replace(" ", "_")
+
+
+@pytest.mark.parametrize("change", _params("accepts", only_models=True))
+def test_models_accept(change: Change) -> None:
+    FineTuneJob.model_validate(build_job(change))
+
+
+@pytest.mark.parametrize(("constraint", "change"), _params("refuses", only_models=True))
+def test_models_refuse(constraint: Constraint, change: Change) -> None:
+    with pytest.raises(ValidationError) as error:
+        FineTuneJob.model_validate(build_job(change))
+
+    places = {".".join(map(str, each["loc"])) for each in error.value.errors()}
+    assert any(place.startswith(constraint.path) for place in places), places
+
+
+@pytest.mark.apiserver
+@pytest.mark.parametrize("change", _params("accepts"))
+def test_the_api_server_accepts(api: Any, change: Change) -> None:
+    status, answer = api.request("POST", PATH, build_job(change))
+
+    assert 201 == status, answer["message"]
+
+
+@pytest.mark.apiserver
+@pytest.mark.parametrize(("constraint", "change"), _params("refuses"))
+def test_the_api_server_refuses_and_says_what_is_allowed(api: Any, constraint: Constraint, change: Change) -> None:
+    status, answer = api.request("POST", PATH, build_job(change))
+
+    assert 422 == status, answer
+    assert constraint.says in answer["message"]
+    assert constraint.path in answer["message"]
+    assert "should match" not in answer["message"], "a person cannot read a regular expression"
+
+
+def test_the_table_has_every_constraint_of_the_schema() -> None:
+    schema = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    in_schema = set(_list_constraints("", schema))
+    in_table = {(each.path, _find_text(each, in_schema)) for each in CONSTRAINTS}
+
+    assert in_schema == in_table
+    assert all(constraint.accepts and constraint.refuses for constraint in CONSTRAINTS)
+
+
+def _find_text(constraint: Constraint, in_schema: set[tuple[str, str]]) -> str:
+    """Return the keyword or message in the schema that begins as the table's keyword does."""
+    texts = (text for path, text in in_schema if path == constraint.path and text.startswith(constraint.keyword))
+    return next(texts, f"{constraint.keyword} (not in the schema)")
+
+
+@pytest.mark.apiserver
+def test_the_api_server_refuses_every_wrong_type(api: Any) -> None:
+    schema = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    wrong = {"string": 7, "integer": "seven", "number": "seven", "boolean": "yes", "object": "all"}
+    for path, kind in _list_types("spec", schema["properties"]["spec"]):
+        status, answer = api.request("POST", PATH, build_job({path: wrong[kind]}))
+
+        assert 422 == status, path
+        assert f"{path}: Invalid value" in answer["message"]
+        assert f"must be of type {kind}" in answer["message"]
+
+
+def build_job(change: Change) -> dict[str, Any]:
+    """Return the smallest FineTuneJob with a change."""
+    job: dict[str, Any] = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "pets"},
+        "spec": {
+            "task": "image-classification",
+            "dataset": {"uri": "pvc://datasets/pets"},
+            "output": {"uri": "pvc://models/pets"},
+        },
+    }
+    for path, value in copy.deepcopy(change).items():
+        *parents, last = path.split(".")
+        node = job
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is None:
+            del node[last]
+        else:
+            node[last] = value
+    return job
+
+
+def _list_constraints(path: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield path and keyword (a rule's message) of every constraint of the spec; types aside."""
+    for keyword in ("enum", "minimum", "maximum", "minLength", "maxLength", "pattern", "required", "maxItems", "minItems"):
+        if keyword in node:
+            yield path, keyword
+    for rule in node.get("x-kubernetes-validations", ()):
+        yield path, rule["message"]
+    for name, child in node.get("properties", {}).items():
+        if path or name == "spec":
+            yield from _list_constraints(f"{path}.{name}".strip("."), child)
+
+
+def _list_types(path: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield path, node["type"]
+    for name, child in node.get("properties", {}).items():
+        yield from _list_types(f"{path}.{name}", child)

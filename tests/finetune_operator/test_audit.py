@@ -1,0 +1,152 @@
+"""The audit: what the watches lost is found, and a deaf watch ends the process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from finetune_operator.audit import Auditor
+from finetune_operator.errors import ApiError, DeafWatchError
+from finetune_operator.metrics import Metrics
+from finetune_operator.store import Store
+from finetune_operator.views import Key, Kind, Listing
+from prometheus_client import generate_latest
+
+
+@dataclass
+class Bench:
+    """An auditor whose clock moves only while it sleeps; `later` happens then."""
+
+    truth: dict[Kind, list[dict[str, Any]]] = field(default_factory=lambda: {kind: [] for kind in Kind})
+    version: int = 100
+    store: Store = field(default_factory=Store)
+    enqueued: list[Key] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=Metrics)
+    failures: list[ApiError] = field(default_factory=list)
+    now: float = 0.0
+    later: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.auditor = Auditor(
+            self,
+            store=self.store,
+            enqueue=self.enqueued.append,
+            namespaces=(),
+            interval_seconds=300,
+            metrics=self.metrics,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
+
+    async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
+        assert namespace is None
+        if self.failures:
+            raise self.failures.pop()
+        metadata = [raw["metadata"] for raw in self.truth[kind]]
+        objects = {each["uid"]: ((each["namespace"], each["name"]), int(each["resourceVersion"])) for each in metadata}
+        return Listing(version=self.version, objects=objects)
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self.later and self.later[0][0] <= self.now:
+            self.later.pop(0)[1]()
+
+    def has(self, raw: dict[str, Any], *, kind: Kind = Kind.FINETUNEJOB, is_seen: bool = True) -> dict[str, Any]:
+        self.truth[kind].append(raw)
+        if is_seen:
+            self.store.observe(kind, raw)
+        return raw
+
+    def audits(self) -> list[str]:
+        lines = generate_latest(self.metrics.registry).decode().splitlines()
+        return [line.split('"')[1] for line in lines if line.startswith("finetune_audits_total{")]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def test_audit_has_every_job_reconciled(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job("a"))
+    bench.has(objects.job("b"))
+    await bench.auditor.audit()
+
+    assert (bench.enqueued, bench.audits()) == ([("team", "a"), ("team", "b")], ["clean"])
+
+
+async def test_missed_deletion_is_made_up_for(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job())
+    bench.store.observe(Kind.JOB, objects.child(version=50))
+    await bench.auditor.audit()
+
+    assert len(bench.store.children) == 0
+    assert bench.enqueued[0] == ("team", "emoji")
+    assert bench.audits() == ["repaired"]
+
+
+async def test_object_that_is_newer_than_the_list_stays(bench: Bench, objects: Any) -> None:
+    bench.store.observe(Kind.JOB, objects.child(version=101))
+    await bench.auditor.audit()
+
+    assert len(bench.store.children) == 1
+
+
+@pytest.mark.parametrize("seen", [pytest.param(4, id="older version"), pytest.param(None, id="never seen")])
+async def test_change_that_does_not_arrive_ends_the_process(bench: Bench, objects: Any, seen: int | None) -> None:
+    if seen:
+        bench.store.observe(Kind.POD, objects.pod(version=seen))
+    bench.has(objects.pod(version=5), kind=Kind.POD, is_seen=False)
+
+    with pytest.raises(DeafWatchError, match="1 changes of pods"):
+        await bench.auditor.audit()
+    assert bench.audits() == ["deaf"]
+    assert 60 <= bench.now < 61
+
+
+async def test_change_that_arrives_late_is_no_alarm(bench: Bench, objects: Any) -> None:
+    raw = bench.has(objects.pod(version=5), kind=Kind.POD, is_seen=False)
+    bench.later.append((30, lambda: bench.store.observe(Kind.POD, raw)))
+    await bench.auditor.audit()
+
+    assert bench.audits() == ["clean"]
+
+
+async def test_object_deleted_since_the_list_is_no_alarm(bench: Bench, objects: Any) -> None:
+    raw = bench.has(objects.pod(version=5), kind=Kind.POD, is_seen=False)
+    bench.later.append((1, lambda: bench.store.observe(Kind.POD, raw | {}, is_deleted=True)))
+    await bench.auditor.audit()
+
+    assert bench.audits() == ["clean"]
+
+
+async def test_workers_wait_until_all_kinds_are_seen(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job())
+    raw = bench.has(objects.child(), kind=Kind.JOB, is_seen=False)
+    bench.later.append((7, lambda: bench.store.observe(Kind.JOB, raw)))
+    await bench.auditor.wait_until_synced()
+
+    assert bench.now >= 7
+
+
+async def test_object_that_is_deleted_meanwhile_does_not_block_the_start(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job(), is_seen=False)
+    bench.later.append((5, bench.truth[Kind.FINETUNEJOB].clear))
+    await bench.auditor.wait_until_synced()
+
+    assert 5 <= bench.now < 15
+
+
+async def test_start_survives_an_api_server_that_is_away(bench: Bench) -> None:
+    bench.failures = [ApiError("away", status=0, reason="NoAnswer")]
+    await bench.auditor.wait_until_synced()
+
+    assert bench.now >= 10
+
+
+async def test_age_counts_from_the_last_audit(bench: Bench) -> None:
+    bench.now = 500
+    assert bench.auditor.age_seconds == 500
+    await bench.auditor.audit()
+
+    assert bench.auditor.age_seconds == 0

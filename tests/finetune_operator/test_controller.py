@@ -1,0 +1,281 @@
+"""Carrying out decisions: order, refusals, conflicts, stale views and mistakes of our own."""
+
+import itertools
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from finetune_api.v1alpha1 import FineTuneJobStatus
+from finetune_operator.controller import Controller
+from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import JobView
+from finetune_operator.outcome import Deletion, EventNote
+from finetune_operator.queue import WorkQueue
+from finetune_operator.settings import TrainerSettings
+from finetune_operator.store import Store
+from finetune_operator.views import Key, Kind, RawObject
+from prometheus_client import generate_latest
+
+_KEY = ("team", "emoji")
+_SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+
+
+@dataclass
+class FakeCluster:
+    """An API server of dictionaries with real resourceVersions, preconditions and, on demand, errors."""
+
+    objects: dict[tuple[Kind, Key], dict[str, Any]] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    failures: dict[str, list[ApiError]] = field(default_factory=dict)
+    versions: "itertools.count[int]" = field(default_factory=lambda: itertools.count(100))
+
+    def put(self, kind: Kind, raw: dict[str, Any]) -> dict[str, Any]:
+        raw = raw | {"metadata": raw["metadata"] | {"resourceVersion": str(next(self.versions))}}
+        self.objects[kind, (raw["metadata"]["namespace"], raw["metadata"]["name"])] = raw
+        return raw
+
+    async def apply_child(self, manifest: RawObject) -> RawObject:
+        self._note(f"apply {manifest['metadata']['name']}")
+        metadata = manifest["metadata"] | {"uid": f"uid-{manifest['metadata']['name']}"}
+        return self.put(Kind.JOB, dict(manifest) | {"metadata": metadata})
+
+    async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
+        self._note("status")
+        current = await self._find(Kind.FINETUNEJOB, job.key)
+        if current["metadata"]["resourceVersion"] != job.resource_version:
+            raise ConflictError("the object has been modified", status=409, reason="Conflict")
+        return self.put(Kind.FINETUNEJOB, current | {"status": status.model_dump(mode="json", by_alias=True, exclude_none=True)})
+
+    async def delete_child(self, namespace: str, deletion: Deletion) -> RawObject:
+        self._note(f"delete {deletion.name}")
+        current = await self._find(Kind.JOB, (namespace, deletion.name))
+        seen = (current["metadata"]["uid"], current["metadata"]["resourceVersion"])
+        if seen != (deletion.uid, deletion.resource_version):
+            raise ConflictError("precondition failed", status=409, reason="Conflict")
+        return self.put(Kind.JOB, current | {"metadata": current["metadata"] | {"deletionTimestamp": "2026-01-01T00:00:00Z"}})
+
+    async def get(self, kind: Kind, key: Key) -> RawObject:
+        self._note(f"get {key[1]}")
+        return await self._find(kind, key)
+
+    async def _find(self, kind: Kind, key: Key) -> dict[str, Any]:
+        if (kind, key) not in self.objects:
+            raise NotFoundError(f"{key[1]} not found", status=404, reason="NotFound")
+        return self.objects[kind, key]
+
+    def _note(self, request: str) -> None:
+        self.done.append(request)
+        if pending := self.failures.get(request.split(maxsplit=1)[0]):
+            raise pending.pop(0)
+
+
+@dataclass
+class Bench:
+    """A controller on a fake API server, with its clock."""
+
+    objects: Any
+    cluster: FakeCluster = field(default_factory=FakeCluster)
+    store: Store = field(default_factory=Store)
+    now: float = 1000.0
+    events: list[str] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.queue: WorkQueue[Key] = WorkQueue(clock=lambda: self.now, jitter=lambda: 1.0)
+        self.controller = Controller(
+            store=self.store,
+            queue=self.queue,
+            cluster=self.cluster,
+            recorder=self,
+            metrics=self.metrics,
+            settings=_SETTINGS,
+            clock=lambda: datetime.fromtimestamp(self.now, tz=UTC),
+        )
+
+    def record(self, job: JobView, note: EventNote) -> None:
+        self.events.append(f"{job.name} {note.reason}")
+
+    def show(self, raw: dict[str, Any], kind: Kind = Kind.FINETUNEJOB) -> dict[str, Any]:
+        """Change an object in the cluster and let the watch show it."""
+        raw = self.cluster.put(kind, raw)
+        self.store.observe(kind, raw)
+        return raw
+
+    async def work(self) -> list[str]:
+        """Process what is due, and return the requests that were made."""
+        before = len(self.cluster.done)
+        while (key := self.queue.take()) is not None:
+            await self.controller.process(key)
+            self.queue.done(key)
+        return self.cluster.done[before:]
+
+    async def wake(self) -> list[str]:
+        self.queue.add(_KEY)
+        return await self.work()
+
+    @property
+    def state(self) -> str:
+        seen = self.store.read(_KEY)
+        assert seen is not None
+        return next((each.reason for each in seen[0].status.conditions if each.type == "Ready"), "")
+
+    def results(self) -> dict[str, float]:
+        lines = [line for line in generate_latest(self.metrics.registry).decode().splitlines() if "reconciles_total{" in line]
+        return {line.split('"')[1]: float(line.split()[1]) for line in lines}
+
+
+@pytest.fixture
+def bench(objects: Any) -> Bench:
+    return Bench(objects)
+
+
+def _refused(message: str, *, status: int = 403) -> RefusedError:
+    return RefusedError(message, status=status, reason="Forbidden")
+
+
+async def test_fresh_job_gets_its_child_then_its_status(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    requests = await bench.wake()
+
+    assert [each.split()[0] for each in requests] == ["apply", "status"]
+    assert bench.events == ["emoji Pending"]
+
+
+async def test_own_writes_are_seen_without_a_watch(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+
+    assert await bench.wake() == []
+
+
+async def test_key_of_a_deleted_job_needs_nothing(bench: Bench) -> None:
+    assert await bench.wake() == []
+    assert bench.results() == {"success": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        pytest.param(_refused('jobs.batch "x" is forbidden: exceeded quota: q'), "QuotaExceeded", id="quota"),
+        pytest.param(_refused("denied by policy"), "Forbidden", id="admission policy"),
+        pytest.param(_refused("spec.template: Invalid value", status=422), "InvalidJob", id="invalid"),
+    ],
+)
+async def test_refused_child_is_shown_and_tried_again_later(bench: Bench, error: RefusedError, state: str) -> None:
+    bench.show(bench.objects.job())
+    bench.cluster.failures["apply"] = [error, error]
+    await bench.wake()
+    assert (bench.state, bench.events) == (state, [f"emoji {state}"])
+    assert await bench.work() == []  # not before the backoff is over
+    bench.now += 1
+    requests = await bench.work()
+    assert [each.split()[0] for each in requests] == ["apply"]  # an unchanged status is not written again
+    bench.now += 2
+    await bench.work()
+
+    assert (bench.state, len(bench.store.children)) == ("Pending", 1)
+
+
+@pytest.mark.parametrize("request_", ["apply", "status"])
+async def test_error_of_the_api_server_is_tried_again_with_backoff(bench: Bench, request_: str) -> None:
+    bench.show(bench.objects.job())
+    bench.cluster.failures[request_] = [ApiError("boom", status=500, reason="InternalError") for _ in range(3)]
+    await bench.wake()
+    for _ in range(4):
+        assert await bench.work() == []
+        bench.now += 1
+        await bench.work()
+
+    assert bench.state == "Pending"
+    assert bench.results()["error"] == 3
+
+
+async def test_mistake_of_our_own_fails_no_job_and_stops_no_other(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.show(bench.objects.job("poison"))
+    bench.show(bench.objects.job())
+    bench.cluster.failures["apply"] = [ZeroDivisionError("ours")]  # type: ignore[list-item]
+    bench.queue.add(("team", "poison"))
+    await bench.wake()
+
+    assert bench.state == "Pending"
+    assert bench.results() == {"error": 1, "success": 1}
+    assert "team/poison" in caplog.text
+
+
+async def test_status_is_not_written_over_what_was_not_seen(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    hidden = bench.cluster.objects[Kind.FINETUNEJOB, _KEY]
+    changed = hidden | {"spec": hidden["spec"] | {"suspend": True}, "metadata": hidden["metadata"] | {"generation": 2}}
+    bench.cluster.put(Kind.FINETUNEJOB, changed)  # the watch has not shown it yet
+    bench.show(bench.objects.pod(child=next(iter(bench.store.children)).name, status={"phase": "Pending", "conditions": [
+        {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no"}]}), Kind.POD)  # fmt: skip
+    requests = await bench.wake()
+
+    assert [each.split()[0] for each in requests] == ["status", "get", "delete", "status"]
+    assert bench.state == "Suspended" or "Suspending" in bench.state
+
+
+async def test_child_that_changed_since_is_looked_at_again_before_its_deletion(bench: Bench) -> None:
+    job = bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    hidden = bench.cluster.objects[Kind.JOB, child.key]
+    bench.cluster.put(Kind.JOB, hidden)
+    current = bench.cluster.objects[Kind.FINETUNEJOB, _KEY]
+    bench.show(current | {"spec": job["spec"] | {"suspend": True}})
+    requests = await bench.wake()
+
+    assert [each.split()[0] for each in requests if not each.startswith("status")] == ["delete", "get", "delete"]
+    assert "deletionTimestamp" in bench.cluster.objects[Kind.JOB, child.key]["metadata"]
+
+
+async def test_name_of_a_predecessors_child_is_waited_for(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    left = bench.cluster.objects[Kind.JOB, child.key]
+    labels = left["metadata"]["labels"] | {"finetune.dev/job-uid": "predecessor"}
+    left = bench.show(left | {"metadata": left["metadata"] | {"labels": labels}}, Kind.JOB)
+    bench.show(bench.objects.job(uid="successor"))
+    requests = await bench.wake()
+    assert not any(each.startswith("apply") for each in requests)
+    del bench.cluster.objects[Kind.JOB, child.key]
+    bench.store.observe(Kind.JOB, left, is_deleted=True)
+    bench.now += 1
+    requests = await bench.wake()
+
+    assert any(each.startswith("apply") for each in requests)
+
+
+async def test_attempt_whose_deletion_was_only_seen_is_checked_before_the_next(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    bench.store.purge(Kind.JOB, [child.uid])  # lost from the view, though the API server still has it
+    requests = await bench.wake()
+
+    assert [each.split()[0] for each in requests] == ["get"]
+    assert bench.results()["requeue"] == 1
+
+
+async def test_pause_that_the_decision_asks_for_is_kept(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    failed = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": _format(bench.now)}]}
+    bench.show(bench.cluster.objects[Kind.JOB, child.key] | {"status": failed}, Kind.JOB)
+    await bench.wake()
+    bench.now += _SETTINGS.evidence_seconds - 0.1
+    assert await bench.work() == []
+    bench.now += 0.2
+    requests = await bench.work()
+
+    assert requests[0] == "status"
+    assert "emoji AttemptFailed" in bench.events
+
+
+def _format(now: float) -> str:
+    return datetime.fromtimestamp(now, tz=UTC).isoformat()

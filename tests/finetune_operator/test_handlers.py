@@ -1,0 +1,47 @@
+"""The border to kopf stays thin, and its settings are what the design asks for."""
+
+from pathlib import Path
+
+import kopf
+from finetune_operator import handlers
+from finetune_operator.handlers import EndlessBackoffs, configure_kopf
+
+_SOURCE = Path(str(handlers.__file__))
+
+
+def test_border_fits_on_a_few_pages() -> None:
+    assert len(_SOURCE.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_no_other_module_imports_kopf_or_the_client() -> None:
+    importers = {
+        name: [path.name for path in _SOURCE.parent.rglob("*.py") if _imports(path, name)] for name in ("kopf", "kubernetes")
+    }
+
+    assert importers == {"kopf": ["handlers.py"], "kubernetes": ["cluster.py"]}
+
+
+def _imports(path: Path, name: str) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(line.startswith((f"import {name}", f"from {name}")) for line in lines)
+
+
+def test_backoffs_never_end_and_begin_anew() -> None:
+    backoffs = EndlessBackoffs()
+    rounds = [[seconds for _, seconds in zip(range(100), backoffs, strict=False)] for _ in range(2)]
+
+    assert rounds[0] == rounds[1]
+    assert (rounds[0][:4], rounds[0][-1]) == ([1, 1, 2, 3], 15)
+
+
+def test_kopf_writes_nothing_and_hears_everything() -> None:
+    settings = kopf.OperatorSettings()
+    configure_kopf(settings)
+
+    assert settings.persistence.diffbase_storage.build(body=kopf.Body({"spec": {}})) == {}
+    assert not settings.posting.enabled
+    assert settings.peering.standalone
+    assert settings.scanning.disabled
+    assert not settings.watching.initial_streaming
+    assert settings.watching.inactivity_timeout > 86_400
+    assert (settings.watching.server_timeout, settings.watching.client_timeout) == (240, 250)

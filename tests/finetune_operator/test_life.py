@@ -1,0 +1,297 @@
+"""The life of a FineTuneJob on a real control plane; the test plays the kubelet by patching pods."""
+
+import json
+import signal
+import ssl
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.apiserver
+
+_PUBLISHED = {
+    "trainerStatus": {"progressPercentage": 100, "metrics": [{"name": "loss", "value": "0.1"}]},
+    "output": {"uri": "pvc://models/emoji", "digest": "sha256:00", "bytes": 7},
+    "result": {"candidate": "finetuned", "metrics": [{"name": "test_accuracy", "value": "0.81", "low": "0.77", "high": "0.86"}]},
+}
+
+
+def _names(objects: list[dict[str, Any]]) -> list[str]:
+    return sorted(each["metadata"]["name"] for each in objects)
+
+
+def _post(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
+    body = json.dumps({"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}}).encode()
+    request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[Path, Path], until: Any) -> None:
+    operator.start()
+    created = team.apply()
+    pending = team.wait("Unschedulable")
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    running = team.wait("Running")
+    url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
+    answer = until(lambda: next(iter([_post(url, token=team.create_token(pod), ca=tls[0])])), what="an answer")
+    until(lambda: team.status().get("trainerStatus", {}).get("progressPercentage") == 40, what="progress is shown")
+    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    complete = team.wait("Complete")
+
+    assert pending["observedGeneration"] == created["metadata"]["generation"] == 1
+    assert {each["type"] for each in pending["conditions"]} >= {"Ready", "Stalled", "Complete", "Failed"}
+    assert "startTime" in running
+    assert answer == (200, {"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}})
+    assert complete["output"]["digest"] == "sha256:00"
+    assert complete["metric"] == "test_accuracy=0.81"
+    assert "completionTime" in complete
+    until(lambda: ("Normal", "Complete") in team.events(), what="the event")
+    assert ("Normal", "Running") in team.events()
+    metrics = operator.scrape()
+    assert 'finetune_jobs{state="Complete"} 1.0' in metrics
+    assert "finetune_job_start_seconds_count 1.0" in metrics
+    assert 'finetune_job_duration_seconds_count{result="Complete"} 1.0' in metrics
+    assert 'finetune_reports_total{result="accepted"} 1.0' in metrics
+
+
+def test_tokens_of_others_are_refused(team: Any, operator: Any, tls: tuple[Path, Path]) -> None:
+    operator.start()
+    for name in ("mine", "other"):
+        team.apply(name)
+        team.wait("Unschedulable", name)
+    pods = {pod["metadata"]["labels"]["finetune.dev/job"]: pod for pod in team.pods()}
+    prefix = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces"
+
+    def code(token: str, path: str = "mine") -> int:
+        return _post(f"{prefix}/{team.namespace}/trainjobs/{path}/status", token=token, ca=tls[0])[0]
+
+    assert code(team.create_token(pods["mine"])) == 200
+    assert code(team.create_token(pods["other"])) == 403
+    assert code(team.create_token(pods["mine"], audience="https://kubernetes.default.svc.cluster.local")) == 401
+    assert code("nonsense") == 401
+    assert code(team.create_token(pods["mine"]), "absent") == 404
+
+
+def test_failed_attempt_is_retried_until_the_limit(team: Any, operator: Any) -> None:
+    operator.start()
+    team.apply(runPolicy={"backoffLimit": 1})
+    first = team.wait_for_pod()
+    team.run_pod(first)
+    team.wait("Running")
+    team.end_pod(first, 137, reason="OOMKilled")
+    child = team.children()[0]["metadata"]["name"]
+    second = team.wait_for_pod(child.removesuffix("-1") + "-2")
+    team.run_pod(second)
+    retried = team.wait("Running")
+    team.end_pod(second, 1, message="Traceback: no")
+    failed = team.wait("Failed")
+
+    assert (retried["attempt"], retried["restarts"]) == (2, 1)
+    assert retried["failure"]["reason"] == "OOMKilled"
+    assert failed["failure"]["exitCode"] == 1
+    assert failed["failure"]["attempt"] == 2
+    assert failed["restarts"] == 1
+    assert team.condition("Stalled")["status"] == "True"
+    assert len(team.children()) == 2
+    assert "finetune_job_retries_total 1.0" in operator.scrape()
+
+
+@pytest.mark.parametrize("exit_code", [64, 65, 78])
+def test_failure_that_a_retry_cannot_mend_is_final(team: Any, operator: Any, exit_code: int) -> None:
+    operator.start()
+    team.apply()
+    pod = team.wait_for_pod()
+    report = {"trainerStatus": {}, "failure": {"reason": "NoPictures", "message": "the folder is empty"}}
+    team.end_pod(pod, exit_code, message=json.dumps(report))
+    failed = team.wait("Failed")
+
+    assert (failed["restarts"], len(team.children())) == (0, 1)
+    assert failed["failure"]["reason"] == "NoPictures"
+    assert "the folder is empty" in failed["failure"]["message"]
+
+
+def test_suspended_job_loses_its_pods_and_resumes_later(team: Any, operator: Any, until: Any) -> None:
+    operator.start()
+    team.apply()
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    before = team.wait("Running")
+    team.apply(suspend=True)
+    suspended = team.wait("Suspended")
+    until(lambda: not team.pods() and not team.children(), what="all is gone")
+    team.apply(suspend=False)
+    resumed = team.wait_for_pod()
+    team.run_pod(resumed)
+    after = team.wait("Running")
+
+    assert team.condition("Suspended")["status"] == "False"
+    assert suspended["run"] == before["run"] == after["run"]
+    assert resumed["metadata"]["name"] != pod["metadata"]["name"]
+    assert after["restarts"] == 0
+
+
+def test_changed_training_starts_one_new_run(team: Any, operator: Any, until: Any) -> None:
+    operator.start()
+    team.apply()
+    team.run_pod(team.wait_for_pod())
+    before = team.wait("Running")
+    team.apply(hyperparameters={"seed": 7})
+    until(lambda: team.status()["run"] != before["run"], what="a new run")
+    run = team.status()["run"]
+    team.wait_for_pod(f"emoji-{run}-1")
+    team.wait("Unschedulable")
+
+    assert _names(team.children()) == [f"emoji-{run}-1"]
+    assert (team.status()["attempt"], team.status()["restarts"]) == (1, 0)
+    assert team.status()["observedGeneration"] == 2
+
+
+def test_same_yaml_again_writes_nothing(team: Any, operator: Any, writes: Any) -> None:
+    operator.start()
+    team.apply()
+    team.wait("Unschedulable")
+    operator.stop()
+    before, events = writes(team, about="emoji"), team.events("emoji")
+    operator.start()
+    team.apply()
+    version = team.job()["metadata"]["resourceVersion"]
+    # A second job passes through the same queue after it, so its end shows that the first was dealt with.
+    team.apply("marker")
+    team.wait("Unschedulable", "marker")
+
+    assert team.job()["metadata"]["resourceVersion"] == version
+    assert writes(team, about="emoji") == before
+    assert team.events("emoji") == events
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_restart_in_the_middle_writes_nothing(team: Any, operator: Any, writes: Any, until: Any, number: int) -> None:
+    operator.start()
+    team.apply()
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    running = team.wait("Running")
+    # The event is the last write of a reconcile.
+    until(lambda: ("Normal", "Running") in team.events(), what="the event")
+    operator.stop(number)
+    before, events = writes(team, about="emoji"), team.events("emoji")
+    operator.start()
+    team.apply("marker")
+    team.wait("Unschedulable", "marker")
+
+    assert writes(team, about="emoji") == before
+    assert team.events("emoji") == events
+    assert team.status() == running
+
+
+def test_deletion_while_the_operator_is_down_leaves_nothing(team: Any, operator: Any, until: Any) -> None:
+    operator.start()
+    team.apply()
+    team.wait_for_pod()
+    operator.stop()
+    team.api.delete(team.path("finetunejobs", "emoji"))
+
+    until(lambda: not team.children() and not team.pods(), what="all is gone")
+    operator.start()
+    assert operator.stop() == 0
+
+
+def test_what_happens_while_the_operator_is_down_is_found_later(team: Any, operator: Any) -> None:
+    operator.start()
+    team.apply()
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    team.wait("Running")
+    operator.stop()
+    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    team.apply("late")
+    operator.start()
+
+    team.wait("Complete")
+    team.wait("Unschedulable", "late")
+
+
+def test_successor_of_the_same_name_is_a_new_job(team: Any, operator: Any, until: Any) -> None:
+    operator.start()
+    first = team.apply()
+    old = team.wait_for_pod()
+    team.run_pod(old)
+    team.wait("Running")
+    team.api.delete(team.path("finetunejobs", "emoji"))
+    second = team.apply()
+    team.wait("Unschedulable")
+
+    assert first["metadata"]["uid"] != second["metadata"]["uid"]
+    until(lambda: len(team.children()) == 1, what="one child")
+    labels = team.children()[0]["metadata"]["labels"]
+    assert labels["finetune.dev/job-uid"] == second["metadata"]["uid"]
+    assert len(team.children()[0]["metadata"]["ownerReferences"]) == 1
+
+
+def test_deleted_child_is_restored(team: Any, operator: Any, until: Any) -> None:
+    operator.start()
+    team.apply()
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    team.wait("Running")
+    team.api.delete(team.path("jobs", team.children()[0]["metadata"]["name"]))
+
+    again = until(lambda: [each for each in team.pods() if each["metadata"]["uid"] != pod["metadata"]["uid"]], what="a pod again")
+    assert len(again) == 1
+
+
+def test_quota_is_shown_and_waited_for(team: Any, operator: Any, until: Any) -> None:
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+    team.api.create(team.path("resourcequotas"), quota)
+    until(lambda: team.api.get(team.path("resourcequotas", "none")).get("status", {}).get("used"), what="the quota is in force")
+    operator.start()
+    team.apply()
+    refused = team.wait("QuotaExceeded")
+    message = team.condition("Ready")["message"]
+    until(lambda: ("Warning", "QuotaExceeded") in team.events(), what="a warning")
+    team.api.delete(team.path("resourcequotas", "none"))
+    team.wait("Unschedulable")
+
+    assert "exceeded quota" in message
+    assert refused["restarts"] == 0
+    assert not any(each["type"] == "Failed" and each["status"] == "True" for each in refused["conditions"])
+
+
+def test_rights_suffice_and_all_are_used(
+    team: Any, operator: Any, tls: tuple[Path, Path], requests: Any, until: Any, rules: Any
+) -> None:
+    operator.start()
+    team.apply(runPolicy={"backoffLimit": 1})
+    pod = team.wait_for_pod()
+    team.run_pod(pod)
+    team.wait("Running")
+    url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
+    _post(url, token=team.create_token(pod), ca=tls[0])
+    # Somebody deletes the attempt, so the next one asks whether it is really gone; the suspension deletes that one.
+    team.api.delete(team.path("jobs", team.children()[0]["metadata"]["name"]))
+    until(lambda: team.status()["attempt"] == 2, what="the next attempt")
+    team.apply(suspend=True)
+    team.wait("Suspended")
+    operator.stop()
+    user = f"system:serviceaccount:{team.namespace}:operator"
+    done = [each for each in requests() if each["user"]["username"] == user]
+    used = {_describe(each["objectRef"], each["verb"]) for each in done if each.get("objectRef", {}).get("resource")}
+    granted = {f"{resource} {verb}" for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+
+    assert [each["requestURI"] for each in done if each["responseStatus"].get("code") in (401, 403)] == []
+    assert used <= granted
+    # An apply that creates is checked for both verbs and logged as a patch; finalizers are for clusters that check
+    # ownerReferences; a repeated event is patched.
+    assert granted - used <= {"jobs create", "finetunejobs/finalizers update", "events patch", "finetunejobs get"}
+
+
+def _describe(reference: dict[str, str], verb: str) -> str:
+    return "/".join(filter(None, (reference["resource"], reference.get("subresource")))) + f" {verb}"

@@ -1,0 +1,103 @@
+"""Events for users: what repeats becomes a series."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from finetune_operator.errors import NotFoundError
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import JobView
+from finetune_operator.outcome import EventNote, EventType
+from finetune_operator.recorder import Recorder
+from finetune_operator.views import RawObject, build_job_view, project_job
+
+
+@dataclass
+class FakeWriter:
+    """Keeps events as the API server would."""
+
+    events: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    async def create_event(self, namespace: str, event: RawObject) -> None:
+        assert namespace == "team"
+        self.events[event["metadata"]["name"]] = dict(event)
+
+    async def patch_event(self, namespace: str, name: str, patch: RawObject) -> None:
+        if namespace != "team" or name not in self.events:
+            raise NotFoundError("no such event", status=404, reason="NotFound")
+        self.events[name] |= patch
+
+
+@dataclass
+class Bench:
+    """A recorder with its clock."""
+
+    job: JobView
+    writer: FakeWriter = field(default_factory=FakeWriter)
+    now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.writer, instance="pod-1", clock=lambda: self.now, metrics=Metrics())
+
+    async def write(self, reason: str = "AttemptFailed", message: str = "m", *, after: float = 1) -> None:
+        self.now += timedelta(seconds=after)
+        note = EventNote(type=EventType.WARNING, reason=reason, action="Retry", message=message)
+        await self.recorder.write(self.job, note)
+
+    @property
+    def counts(self) -> list[int]:
+        return [event.get("series", {}).get("count", 1) for event in self.writer.events.values()]
+
+
+@pytest.fixture
+def bench(objects: Any) -> Bench:
+    return Bench(build_job_view(project_job(objects.job(version=7))))
+
+
+async def test_event_tells_of_the_job(bench: Bench) -> None:
+    await bench.write(message="x" * 2000)
+
+    (event,) = bench.writer.events.values()
+    assert (event["type"], event["reason"], event["action"]) == ("Warning", "AttemptFailed", "Retry")
+    assert event["regarding"]["uid"] == "uid-team-emoji"
+    assert event["eventTime"] == "2026-01-01T00:00:01.000000Z"
+    assert len(event["note"]) == 1024
+
+
+async def test_equal_events_are_one_series(bench: Bench) -> None:
+    for _ in range(3):
+        await bench.write()
+
+    assert bench.counts == [3]
+
+
+async def test_other_reason_or_message_is_another_event(bench: Bench) -> None:
+    await bench.write()
+    await bench.write(message="another")
+    await bench.write(reason="Another")
+
+    assert bench.counts == [1, 1, 1]
+
+
+async def test_series_ends_after_silence(bench: Bench) -> None:
+    await bench.write()
+    await bench.write(after=400)
+
+    assert bench.counts == [1, 1]
+
+
+async def test_event_that_the_api_server_forgot_is_created_again(bench: Bench) -> None:
+    await bench.write()
+    bench.writer.events.clear()
+    await bench.write()
+
+    assert bench.counts == [1]
+
+
+async def test_memory_of_series_is_bounded(bench: Bench) -> None:
+    for number in range(5000):
+        await bench.write(message=str(number), after=0)
+    await bench.write(message="0", after=0)
+
+    assert bench.counts[-1] == 1

@@ -1,0 +1,37 @@
+"""The token bucket, with the clock in the test's hand."""
+
+import pytest
+from finetune_operator.throttle import TokenBucket
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_burst_passes_at_once_and_the_rest_at_the_rate() -> None:
+    bucket = TokenBucket(rate=10, burst=3, clock=Clock())
+
+    assert [bucket.reserve() for _ in range(5)] == pytest.approx([0, 0, 0, 0.1, 0.2])
+
+
+def test_pause_fills_the_bucket_up_to_the_burst() -> None:
+    clock = Clock()
+    bucket = TokenBucket(rate=10, burst=2, clock=clock)
+    bucket.reserve()
+    bucket.reserve()
+    clock.now = 60
+
+    assert [bucket.reserve() for _ in range(3)] == pytest.approx([0, 0, 0.1])
+
+
+def test_nothing_passes_while_the_server_asks_for_patience() -> None:
+    clock = Clock()
+    bucket = TokenBucket(rate=10, burst=5, clock=clock)
+    bucket.block(7)
+    assert bucket.reserve() == pytest.approx(7)
+    clock.now = 7
+
+    assert bucket.reserve() == 0

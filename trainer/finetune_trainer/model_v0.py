@@ -1,0 +1,114 @@
+"""Model v0: the frozen backbone with the probe as its head, usable long before any fine-tuning."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_trainer.checkpoint import load_checkpoint, save_checkpoint
+from finetune_trainer.data import Split
+from finetune_trainer.evaluate import fit_temperature
+from finetune_trainer.features import Features, compute_features
+from finetune_trainer.job import Choice, Job, build_classifier, copy_weights, measure_forward
+from finetune_trainer.probe import Head, Probe, fit_probe
+from finetune_trainer.progress import Phase
+from finetune_trainer.select import PROBE, score_logits
+
+# A rate of fewer pictures is mostly the first batch, which is slow.
+LEAST_TIMED = 256
+MAX_MIRROR_EVALUATED = 256
+# A mirrored picture must be recognised about as often as the picture itself, or mirroring changes its meaning.
+LARGEST_MIRROR_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class ModelV0:
+    """The probe as a model, and what the later stages want to know of how it came about."""
+
+    probe: Probe
+    choice: Choice
+    picture_seconds: float
+    """Time of the forward pass for one picture."""
+    details: dict[str, Any]
+
+
+def fit_model_v0(job: Job) -> ModelV0:
+    """Compute the features, fit the probe, and return both as a model."""
+    positions = job.dataset.positions
+    job.progress.begin(Phase.FEATURES)
+    features = _compute_features(job, torch.cat([positions[split] for split in Split]))
+    job.progress.begin(Phase.PROBE)
+    started = time.perf_counter()
+    by_split = dict(zip(Split, torch.split(features.f_ND, [len(positions[split]) for split in Split]), strict=True))
+    probe = _fit_probe(job, by_split[Split.TRAIN])
+    logits = {split: probe.head.classify(by_split[split][: len(index_N)]) for split, index_N in job.evaluated.items()}
+    y_val = job.dataset.targets(Split.VAL)
+    choice = Choice(
+        PROBE,
+        copy_weights(build_classifier(job, probe.head)),
+        fit_temperature(logits[Split.VAL], y_val),
+        logits,
+        (score_logits(PROBE, logits[Split.VAL], y_val),),
+    )
+    details = {
+        "featuresComputed": features.num_computed,
+        "featuresFromCache": features.num_cached,
+        "featureSeconds": round(features.compute_seconds, 3),
+        "probeSeconds": round(time.perf_counter() - started, 3),
+        "probeStrength": probe.strength,
+        "probeCvAccuracy": probe.cv_accuracy,
+    }
+    timed = features.num_computed >= LEAST_TIMED
+    picture_seconds = features.compute_seconds / features.num_computed if timed else measure_forward(job)
+    return ModelV0(probe, choice, picture_seconds, details)
+
+
+def is_mirror_safe(job: Job, v0: ModelV0) -> bool:
+    """Return whether mirrored pictures keep their meaning, as far as the probe can tell on validation pictures."""
+    index_N = job.dataset.positions[Split.VAL][:MAX_MIRROR_EVALUATED]
+    mirrored = _compute_features(job, index_N, mirrored=True)
+    y_N = job.dataset.y_N[index_N]
+    plain = v0.choice.logits[Split.VAL][: len(index_N)]
+    loss = _compute_accuracy(plain, y_N) - _compute_accuracy(v0.probe.head.classify(mirrored.f_ND), y_N)
+    return loss <= LARGEST_MIRROR_LOSS
+
+
+def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False) -> Features:
+    return compute_features(
+        job.backbone,
+        job.dataset.pixels_NHWC,
+        index_N,
+        [job.dataset.digests[int(index)] or "" for index in index_N],
+        device=job.device,
+        cache=job.work / "features",
+        mirrored=mirrored,
+        check=job.check,
+        advance=job.progress.advance,
+    )
+
+
+def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
+    kept = load_checkpoint(job.work, PROBE, identity=job.identity)
+    if kept is not None:
+        return Probe(Head(kept.tensors["weight"], kept.tensors["bias"]), **kept.state)
+    probe = fit_probe(
+        f_ND,
+        job.dataset.targets(Split.TRAIN),
+        len(job.dataset.labels),
+        seed=job.config.hyperparameters.seed,
+        check=job.check,
+    )
+    save_checkpoint(
+        job.work,
+        PROBE,
+        identity=job.identity,
+        tensors={"weight": probe.head.weight_KD, "bias": probe.head.bias_K},
+        state={"strength": probe.strength, "cv_accuracy": probe.cv_accuracy, "cv_nll": probe.cv_nll},
+    )
+    return probe
+
+
+def _compute_accuracy(z_NK: Tensor, y_N: Tensor) -> float:
+    return float((z_NK.argmax(1) == y_N).float().mean())
