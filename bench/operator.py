@@ -166,9 +166,6 @@ def measure(api: Api, audit_log: Path, *, process: subprocess.Popen[bytes], numb
         idle_bytes=idle_bytes,
         loaded_bytes=read_memory(process.pid),
         writes_after_reapply=more,
-        - sum(named.values())
-        + count_events(api)
-        - events,
     )
 
 

@@ -57,7 +57,8 @@ def install_operator(*settings: str) -> None:
         *settings,
     )
     ensure_namespace(OPERATOR_NAMESPACE)
-    flags = [flag for value in values for flag in ("--set", value)]
+    # As text: a tag of digits alone would else arrive as a number.
+    flags = [flag for value in values for flag in ("--set-string" if value.split("=")[0].endswith(".tag") else "--set", value)]
     chart = str(ROOT / "charts" / "finetune-operator")
     helm = [program("helm"), "--kubeconfig", str(KUBECONFIG), "--namespace", OPERATOR_NAMESPACE]
     _run([*helm, "upgrade", "--install", "finetune-operator", chart, "--wait", "--timeout", "180s", *flags])

@@ -25,7 +25,7 @@ from finetune_operator.recorder import Recorder
 from finetune_operator.reports import ReportReceiver, ReportServer
 from finetune_operator.settings import Settings, load_settings, load_trainer_settings
 from finetune_operator.store import Store
-from finetune_operator.views import Key, Kind, RawObject
+from finetune_operator.views import Key, Kind, RawObject, is_unanswered
 
 logger = logging.getLogger("finetune_operator")
 
@@ -117,7 +117,7 @@ class Operator:
         self._metrics.count(WATCH_EVENTS, resource=kind.value)
         key = self._store.observe(kind, raw, is_deleted=is_deleted)
         if key is not None:
-            self._queue.add(key)
+            self._queue.add(key, is_urgent=kind is Kind.FINETUNEJOB and is_unanswered(raw))
 
     async def _audit(self) -> None:
         await self._auditor.wait_until_synced()

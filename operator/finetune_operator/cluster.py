@@ -245,8 +245,9 @@ class Answer:
         """Return the object in the answer. Raises the ApiError that the answer stands for."""
         try:
             parsed = json.loads(self.content)
-        except ValueError:
-            parsed = {"message": self.content[:256].decode(errors="replace")}
+        except ValueError as error:
+            text = self.content[:256].decode(errors="replace")
+            raise build_api_error(self.status, reason="NotJson", message=text) from error
         if 200 <= self.status <= 299:
             return cast("RawObject", parsed)
         raise build_api_error(self.status, reason=parsed.get("reason") or "Unknown", message=parsed.get("message") or "")
@@ -266,6 +267,8 @@ async def check_custom_resource(cluster: Cluster, *, namespace: str | None) -> N
 async def _load_configuration(settings: ClientSettings) -> Configuration:
     configuration = Configuration()
     configuration.connection_pool_maxsize = settings.connections
+    # Else aiohttp reads ~/.netrc in a thread, twice for each request.
+    configuration.client_session_kwargs = {"trust_env": False}
     try:
         if _has_kubeconfig():
             await kubernetes_config.load_kube_config(client_configuration=configuration, persist_config=False)

@@ -1,7 +1,7 @@
 """The only importer of kopf: watch events go to the store and the queue, and nothing is decided here.
 
 kopf brings lists, watches and reconnects. Its own state machine (annotations, finalizers, diffs, timers, peering, events) stays
-off: each part of it writes to objects or can miss a change. docs/design has the reasons for every setting.
+off: each part of it writes to objects or can miss a change.
 """
 
 import asyncio
@@ -14,14 +14,17 @@ from finetune_api import names
 from finetune_operator.cluster import SELECTOR, Cluster
 from finetune_operator.views import Kind, RawObject
 
+# Takes in the kind, the object, and whether it was deleted.
 Receive = Callable[[Kind, RawObject, bool], None]
-"""Takes in the kind, the object, and whether it was deleted."""
 
 _RESOURCES = {
     Kind.FINETUNEJOB: (names.GROUP, names.VERSION, names.PLURAL),
     Kind.JOB: ("batch", "v1", "jobs"),
     Kind.POD: ("", "v1", "pods"),
 }
+
+# kopf asks again at once, for as long as the API server refuses what it was given.
+_LOGIN_SECONDS = 2
 
 
 async def watch(
@@ -47,6 +50,7 @@ async def watch(
     @kopf.on.login(registry=registry)
     async def login(**_: object) -> kopf.AiohttpSession:
         if next(login_count):
+            await asyncio.sleep(_LOGIN_SECONDS)
             await cluster.reload()
         return kopf.AiohttpSession(server=cluster.server, aiohttp_session=await cluster.open_watch_session())
 
@@ -57,8 +61,7 @@ async def watch(
         clusterwide=not namespaces,
         namespaces=namespaces,
         standalone=True,
-        # Unused without peering, but kopf would look up the name of its user, and user 65532 has none.
-        identity=names.MANAGED_BY,  # type: ignore[arg-type]  # a NewType that kopf does not export
+        identity=names.MANAGED_BY,  # type: ignore[arg-type]  # a NewType not exported; by default the name of a user that has none
         stop_flag=stop,
     )
 

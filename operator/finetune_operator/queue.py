@@ -34,6 +34,7 @@ class WorkQueue(Generic[K]):
         self._clock = clock
         self._jitter = jitter
         self._observe_wait = observe_wait
+        self._urgent: deque[K] = deque()
         self._ready: deque[K] = deque()
         self._dirty: dict[K, float] = {}  # to be worked on, with the time since when
         self._in_flight: set[K] = set()
@@ -47,20 +48,20 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """Return the number of keys that wait for a worker."""
-        return len(self._ready)
+        return len(self._urgent) + len(self._ready)
 
     @property
     def num_in_flight(self) -> int:
         """Return the number of keys that are being worked on."""
         return len(self._in_flight)
 
-    def add(self, key: K) -> None:
-        """Have the key worked on as soon as possible."""
+    def add(self, key: K, *, is_urgent: bool = False) -> None:
+        """Have the key worked on as soon as possible, an urgent one before all that are not."""
         if self._closed or key in self._dirty:
             return
         self._dirty[key] = self._clock()
         if key not in self._in_flight:
-            self._ready.append(key)
+            (self._urgent if is_urgent else self._ready).append(key)
             self._wake(1)
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -92,9 +93,9 @@ class WorkQueue(Generic[K]):
     def take(self) -> K | None:
         """Hand out the next key, or None if there is none at this time. done() must follow."""
         self._promote()
-        if not self._ready:
+        if not len(self):
             return None
-        key = self._ready.popleft()
+        key = (self._urgent or self._ready).popleft()
         self._observe_wait(self._clock() - self._dirty.pop(key))
         self._in_flight.add(key)
         return key
@@ -117,6 +118,7 @@ class WorkQueue(Generic[K]):
     def close(self) -> None:
         """Hand out no more keys; work in flight goes on."""
         self._closed = True
+        self._urgent.clear()
         self._ready.clear()
         self._schedule.clear()
         if self._timer is not None:

@@ -96,6 +96,11 @@ def project_job(raw: RawObject) -> Record[JobContent]:
     return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
 
 
+def is_unanswered(raw: RawObject) -> bool:
+    """Return whether a FineTuneJob was changed by its user since its status was written."""
+    return bool(raw["metadata"].get("generation") != (raw.get("status") or {}).get("observedGeneration"))
+
+
 def project_child(raw: RawObject) -> Record[ChildView] | None:
     """Return the record of a child Job, or None for a Job that does not carry the labels of one."""
     metadata = raw["metadata"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -133,16 +134,18 @@ def objects() -> Objects:
     return Objects()
 
 
-# What the chart's Role grants.
-RULES = [
-    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs/status"], "verbs": ["patch"]},
-    {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs/finalizers"], "verbs": ["update"]},
-    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
-]
-CLUSTER_RULES = [{"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}]
+_CHART_ROLE = Path(__file__).parents[2] / "charts" / "finetune-operator" / "templates" / "rbac.yaml"
+
+
+def _read_rules(name: str) -> list[dict[str, list[str]]]:
+    """Return rules as the chart has them: its definitions are plain YAML."""
+    text = _CHART_ROLE.read_text(encoding="utf-8")
+    block = text.split(f'{{{{- define "finetune-operator.{name}" -}}}}', 1)[1].split("{{- end -}}", 1)[0]
+    return list(yaml.safe_load(block))
+
+
+RULES = _read_rules("rules")
+CLUSTER_RULES = _read_rules("tokenRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
@@ -183,6 +186,11 @@ class Operator:
         if self._process.poll() is None:
             self._process.send_signal(number)
         return self._process.wait(timeout=30)
+
+    def replace_token(self, team: "Team") -> None:
+        """Make the service account's token void, and put a new one into the kubeconfig."""
+        team.api.delete(team.path("serviceaccounts", "operator"))
+        _write_token(team, Path(self._environment["KUBECONFIG"]))
 
     @property
     def log(self) -> str:
@@ -307,9 +315,12 @@ def team(api: Any) -> Iterator[Team]:
 def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Operator]:
     """An operator for the team's namespace, not started yet."""
     certificate, key = tls
+    kubeconfig = tmp_path / "kubeconfig"
+    _grant_rights(team)
+    _write_token(team, kubeconfig)
     ports = {f"FINETUNE_{name}_PORT": str(_find_port()) for name in ("REPORT", "METRICS", "HEALTH")}
     environment = ports | {
-        "KUBECONFIG": str(_write_kubeconfig(team, tmp_path / "kubeconfig")),
+        "KUBECONFIG": str(kubeconfig),
         "FINETUNE_NAMESPACES": team.namespace,
         "FINETUNE_TRAINER_IMAGE": "trainer:test",
         "FINETUNE_BIND_ADDRESS": "127.0.0.1",
@@ -327,32 +338,35 @@ def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Ope
     assert "Traceback" not in operator.log, operator.log
 
 
-def _write_kubeconfig(team: Team, path: Path) -> Path:
-    """Write a kubeconfig for a service account that has the operator's rights in the team's namespace."""
-    api, namespace = team.api, team.namespace
-    api.create(team.path("serviceaccounts"), {"metadata": {"name": "operator"}})
-    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": namespace}
+def _grant_rights(team: Team) -> None:
+    """Bind the operator's rights in the team's namespace to a service account."""
+    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": team.namespace}
+    name = f"operator-{team.namespace}"
     for kind, rules, prefix in (
-        ("Role", RULES, f"{_RBAC}/namespaces/{namespace}"),
+        ("Role", RULES, f"{_RBAC}/namespaces/{team.namespace}"),
         ("ClusterRole", CLUSTER_RULES, _RBAC),
     ):
-        name = f"operator-{namespace}"
-        api.create(f"{prefix}/{kind.lower()}s", {"metadata": {"name": name}, "rules": rules})
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
-        api.create(f"{prefix}/{kind.lower()}bindings", {"metadata": {"name": name}, "roleRef": reference, "subjects": [subject]})
+        binding = {"metadata": {"name": name}, "roleRef": reference, "subjects": [subject]}
+        team.api.create(f"{prefix}/{kind.lower()}s", {"metadata": {"name": name}, "rules": rules})
+        team.api.create(f"{prefix}/{kind.lower()}bindings", binding)
+
+
+def _write_token(team: Team, path: Path) -> None:
+    """Make the service account and write a kubeconfig with a token of it."""
+    team.api.create(team.path("serviceaccounts"), {"metadata": {"name": "operator"}})
     request = {"spec": {"expirationSeconds": 3600}}
-    token = api.create(team.path("serviceaccounts", "operator") + "/token", request)["status"]["token"]
-    authority = base64.b64encode(api.ca.encode()).decode()
+    token = team.api.create(team.path("serviceaccounts", "operator") + "/token", request)["status"]["token"]
+    authority = base64.b64encode(team.api.ca.encode()).decode()
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": api.server, "certificate-authority-data": authority}}],
+        "clusters": [{"name": "c", "cluster": {"server": team.api.server, "certificate-authority-data": authority}}],
         "users": [{"name": "u", "user": {"token": token}}],
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "x",
     }
     path.write_text(json.dumps(config), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from finetune_operator.errors import ConflictError, NotFoundError, RefusedError
 from finetune_operator.manifests.job import build_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import JobView
-from finetune_operator.outcome import Deletion
+from finetune_operator.outcome import Deletion, EventNote, EventType
+from finetune_operator.recorder import Recorder
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.views import Kind, build_job_view, project_job
 
@@ -196,3 +197,16 @@ async def test_token_names_its_pod(team: Any, connect: Connect) -> None:
     assert (reviewed.pod, reviewed.pod_uid) == ("some", created["metadata"]["uid"])
     assert reviewed.username == f"system:serviceaccount:{team.namespace}:default"
     assert other_audience is None
+
+
+async def test_repeated_event_is_one_object(team: Any, connect: Connect) -> None:
+    team.apply()
+    note = EventNote(type=EventType.WARNING, reason="AttemptFailed", action="Retry", message="again")
+    async with connect() as cluster:
+        recorder = Recorder(cluster, instance="test", clock=lambda: datetime.now(UTC), metrics=Metrics())
+        for _ in range(3):
+            await recorder.write(_view(team), note)
+
+    (event,) = team.api.get(team.path("events"))["items"]
+    assert (event["reason"], event["series"]["count"]) == ("AttemptFailed", 3)
+    assert event["regarding"]["uid"] == team.job()["metadata"]["uid"]

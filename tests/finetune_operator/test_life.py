@@ -3,6 +3,7 @@
 import json
 import signal
 import ssl
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[
     assert "finetune_job_start_seconds_count 1.0" in metrics
     assert 'finetune_job_duration_seconds_count{result="Complete"} 1.0' in metrics
     assert 'finetune_reports_total{result="accepted"} 1.0' in metrics
+    stopped_at = time.monotonic()
+    assert operator.stop() == 0
+    assert time.monotonic() - stopped_at < 10
 
 
 def test_tokens_of_others_are_refused(team: Any, operator: Any, tls: tuple[Path, Path]) -> None:
@@ -291,6 +295,16 @@ def test_rights_suffice_and_all_are_used(
     # An apply that creates is checked for both verbs and logged as a patch; finalizers are for clusters that check
     # ownerReferences; a repeated event is patched.
     assert granted - used <= {"jobs create", "finetunejobs/finalizers update", "events patch", "finetunejobs get"}
+
+
+def test_replaced_token_is_taken_up(team: Any, operator: Any) -> None:
+    operator.start()
+    team.apply("before")
+    team.wait("Unschedulable", "before")
+    operator.replace_token(team)
+    team.apply("after")
+
+    team.wait("Unschedulable", "after")
 
 
 def _describe(reference: dict[str, str], verb: str) -> str:

@@ -72,3 +72,12 @@ def test_only_the_output_is_writable() -> None:
     mounts = _build(model={"uri": "pvc://models/base"})["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
 
     assert ["/mnt/output", "/tmp"] == [each["mountPath"] for each in mounts if not each.get("readOnly")]
+
+
+def test_a_claim_that_serves_twice_is_one_volume() -> None:
+    pod = _build(model={"uri": "pvc://models/base"}, dataset={"uri": "pvc://models/data"})["spec"]["template"]["spec"]
+
+    claims = [each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    mounts = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
+    assert ["models"] == claims
+    assert ("model", "model", "model") == (mounts["/mnt/model"], mounts["/mnt/dataset"], mounts["/mnt/output"])

@@ -39,6 +39,14 @@ def test_keys_come_in_the_order_they_were_added(bench: Bench) -> None:
     assert bench.drain() == ["a", "b", "c"]
 
 
+def test_urgent_keys_come_first_in_their_order(bench: Bench) -> None:
+    bench.queue.add("a")
+    for key in ("b", "c"):
+        bench.queue.add(key, is_urgent=True)
+
+    assert bench.drain() == ["b", "c", "a"]
+
+
 def test_key_added_many_times_comes_once(bench: Bench) -> None:
     for _ in range(5):
         bench.queue.add("a")

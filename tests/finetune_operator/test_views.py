@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from finetune_operator.observed import ChildState, ChildView, PodView
-from finetune_operator.views import build_job_view, project_child, project_job, project_pod
+from finetune_operator.views import build_job_view, is_unanswered, project_child, project_job, project_pod
 
 _TIME = datetime(2026, 1, 1, 0, 5, tzinfo=UTC)
 
@@ -33,6 +33,20 @@ def test_job_keeps_its_spec_and_status(objects: Any) -> None:
     assert view.spec is not None
     assert view.spec.dataset.uri == "pvc://datasets/emoji"
     assert (view.status.run, view.status.attempt) == ("0a1b2c3d", 2)
+
+
+@pytest.mark.parametrize(
+    ("generation", "status", "expected"),
+    [
+        pytest.param(1, None, True, id="created"),
+        pytest.param(2, {"observedGeneration": 1}, True, id="changed"),
+        pytest.param(2, {"observedGeneration": 2}, False, id="answered"),
+    ],
+)
+def test_change_of_the_user_is_told_from_our_own(
+    objects: Any, *, generation: int, status: dict[str, Any] | None, expected: bool
+) -> None:
+    assert is_unanswered(objects.job(generation=generation, status=status)) is expected
 
 
 def test_job_without_status_has_an_empty_one(objects: Any) -> None:

@@ -1,8 +1,12 @@
 """Builders of small data sets, a tiny real backbone with random weights, and jobs over both."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Before torch loads: threads that wait actively make tests slow on a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # noqa: TID251
 
 import numpy as np
 import pytest
@@ -51,7 +55,9 @@ def draw_picture(label: str, seed: int, *, size: int = 24, noise: float = 60.0) 
 def make_pictures(tmp_path: Path) -> MakePictures:
     """Write class folders of noisy pictures and return the folder."""
 
-    def make(name: str = "data", *, labels: tuple[str, ...] = ("blue", "green", "violet"), count: int = 20, **kwargs: float) -> Path:
+    def make(
+        name: str = "data", *, labels: tuple[str, ...] = ("blue", "green", "violet"), count: int = 20, **kwargs: float
+    ) -> Path:
         for label in labels:
             (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
             for number in range(count):

@@ -178,7 +178,7 @@ def wrong(team: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("name", "code", "reason", "words"),
     [
-        pytest.param("no-model", 78, "ModelNotFound", ("no_such_model",), id="unknown timm model"),
+        pytest.param("no-model", 78, "UnknownModel", ("no_such_model",), id="unknown timm model"),
         pytest.param("no-weights", 78, "ModelNotFound", ("nothing-here",), id="folder without a model"),
         pytest.param("no-pictures", 65, None, ("nothing",), id="no pictures"),
         pytest.param("one-class", 65, None, ("only",), id="one class only"),

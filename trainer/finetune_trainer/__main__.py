@@ -78,7 +78,8 @@ def run_locally(job: Path, paths: local.Paths) -> int:
         print(f"{report.failure.reason}: {report.failure.message}", file=sys.stderr)
     if report.result:
         for metric in report.result.metrics:
-            print(f"{metric.name:<16} {metric.value}  [{metric.low}, {metric.high}]")
+            interval = f"  [{metric.low}, {metric.high}]" if metric.low else ""
+            print(f"{metric.name:<16} {metric.value}{interval}")
         for warning in report.result.warnings:
             print(f"warning: {warning}")
         print(f"{report.result.candidate} published in {config.output_path}")

@@ -82,5 +82,5 @@ def augment(x_BCHW: Tensor, draws_B5: Tensor, augmentation: Augmentation) -> Ten
 
 
 def mix_seed(seed: int, number: int) -> int:
-    """Return a seed that differs for every (seed, number) of 32 bits each."""
-    return (seed << 32) + number
+    """Return a seed for every (seed, number), of 32 bits, because generators on the CPU ignore all further ones."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

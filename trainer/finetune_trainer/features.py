@@ -90,7 +90,7 @@ def compute_key(backbone: Backbone, *, device: Device, mirrored: bool) -> str:
 def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device, mirrored: bool) -> Tensor:
     with torch.inference_mode(), device.autocast():
         x_BCHW = backbone.architecture.preprocessing.normalise(pixels_BHWC.to(device.name).permute(0, 3, 1, 2))
-        f_BD: Tensor = backbone.model(x_BCHW.flip(-1) if mirrored else x_BCHW)
+        f_BD = backbone.extract(x_BCHW.flip(-1) if mirrored else x_BCHW)
     return f_BD.float().cpu()
 
 

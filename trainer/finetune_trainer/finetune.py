@@ -3,12 +3,12 @@
 import math
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm.models
 import torch
-from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -111,27 +111,36 @@ def finetune(
 
 
 def group_parameters(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
-    """Return the optimizer's groups: lower rates for earlier layers, no weight decay on biases and norms."""
-    groups = param_groups_layer_decay(
-        model.backbone,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=tuple(getattr(model.backbone, "no_weight_decay", tuple)()),
-        layer_decay=recipe.layer_decay,
-    )
-    backbone = [
-        {
-            "params": group["params"],
-            "weight_decay": group["weight_decay"],
-            "peak": recipe.backbone_rate * group["lr_scale"],
-            "lr": 0.0,
-        }
-        for group in groups
-    ]
-    head = [
-        {"params": [model.head.weight], "weight_decay": recipe.weight_decay, "peak": recipe.head_rate, "lr": 0.0},
-        {"params": [model.head.bias], "weight_decay": 0.0, "peak": recipe.head_rate, "lr": 0.0},
-    ]
-    return backbone + head
+    """Return the optimizer's groups: lower rates for earlier stages, no weight decay on biases and norms.
+
+    The first stages are frozen as long as they hold less than the recipe's share of the weights.
+    """
+    stages = list_stages(model.backbone)
+    undecayed = set(getattr(model.backbone, "no_weight_decay", tuple)())
+    total = sum(parameter.numel() for stage in stages for _, parameter in stage)
+    groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+    passed = 0
+    for number, stage in enumerate(stages):
+        passed += sum(parameter.numel() for _, parameter in stage)
+        rate = recipe.backbone_rate * recipe.layer_decay ** (len(stages) - 1 - number)
+        for name, parameter in stage:
+            parameter.requires_grad = passed >= recipe.frozen_share * total
+            if parameter.requires_grad:
+                decay = 0.0 if parameter.ndim <= 1 or name in undecayed else recipe.weight_decay
+                groups[rate, decay].append(parameter)
+    groups[recipe.head_rate, recipe.weight_decay].append(model.head.weight)
+    groups[recipe.head_rate, 0.0].append(model.head.bias)
+    return [{"params": members, "weight_decay": decay, "peak": rate, "lr": 0.0} for (rate, decay), members in groups.items()]
+
+
+def list_stages(backbone: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
+    """Return the named weights of the backbone stage by stage, from the input on."""
+    matcher = getattr(backbone, "group_matcher", None)
+    stage_of = timm.models.group_parameters(backbone, matcher(coarse=True), reverse=True) if matcher else {}
+    stages: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in backbone.named_parameters():
+        stages[stage_of.get(name, 0)].append((name, parameter))
+    return [stages[number] for number in sorted(stages)]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, relative: float) -> None:

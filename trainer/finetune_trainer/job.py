@@ -75,7 +75,12 @@ class Choice:
 
 def build_classifier(job: Job, head: Head) -> Classifier:
     """Return the backbone with the head, on the device and in eval mode; the backbone is shared, not copied."""
-    classifier = Classifier(job.backbone.model, job.backbone.num_features, len(job.dataset.labels))
+    classifier = Classifier(
+        job.backbone.model,
+        job.backbone.architecture,
+        num_features=job.backbone.num_features,
+        num_classes=len(job.dataset.labels),
+    )
     with torch.no_grad():
         classifier.head.weight.copy_(head.weight_KD)
         classifier.head.bias.copy_(head.bias_K)

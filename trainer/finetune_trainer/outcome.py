@@ -157,13 +157,20 @@ The weights load without pickle. `config.json` holds all that is needed with tim
     backbone = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
     backbone.load_state_dict({{k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}})
     # Inputs: RGB pictures resized (not cropped) to preprocessing.image_size, scaled to 0..1, minus mean, over std.
-    logits = torch.nn.functional.linear(backbone(inputs), weights["head.weight"], weights["head.bias"])
+{features}
+    logits = torch.nn.functional.linear(features, weights["head.weight"], weights["head.bias"])
 
 ## Data
 
 {examples}
 {warnings}
 """
+
+
+_FEATURES_OF_STAGES = """\
+    final, stages = backbone.forward_intermediates(inputs, indices=config["num_stages"], output_fmt="NCHW")
+    features = torch.cat([*(s.mean((2, 3)) for s in stages), backbone.forward_head(final, pre_logits=True)], dim=1)"""
+_FEATURES_PLAIN = "    features = backbone(inputs)"
 
 
 def _write_card(job: Job, outcome: Outcome) -> str:
@@ -179,6 +186,7 @@ def _write_card(job: Job, outcome: Outcome) -> str:
         model=job.config.model_uri,
         dataset=job.config.dataset_uri,
         rows=rows,
+        features=_FEATURES_OF_STAGES if job.backbone.architecture.num_stages else _FEATURES_PLAIN,
         candidate=outcome.choice.candidate,
         baseline=best.details["majorityBaseline"],
         temperature=outcome.choice.temperature,

@@ -47,7 +47,9 @@ def load_model(folder: Path) -> PublishedModel:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         architecture, labels = parse_architecture(config), tuple(config["labels"])
-        classifier = Classifier(build_backbone(architecture), weights["head.weight"].shape[1], len(labels))
+        classifier = Classifier(
+            build_backbone(architecture), architecture, num_features=weights["head.weight"].shape[1], num_classes=len(labels)
+        )
         classifier.load_state_dict(weights)
         temperature = float(config["temperature"])
         device = select_device(Precision(config["precision"]))

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from finetune_api.v1alpha1 import Hyperparameters
+from finetune_api.v1alpha1 import Hyperparameters, MethodType
 
 # Below this many examples a class has too little to fine-tune on, and the probe is the better model.
 MIN_EXAMPLES_PER_CLASS = 10
 # Fewer passes over the data than this do not reward the disturbance of fine-tuning.
 MIN_EPOCHS = 3
+# Fewer examples than this do not support new statistics of batch normalisation, nor new filters in the first stages.
+SMALL_DATA = 10_000
 # A probe that is right this often leaves less to gain than the noise of the validation data.
 CEILING_ACCURACY = 0.995
 
@@ -22,7 +24,10 @@ class Recipe:
     backbone_rate: float
     """Peak learning rate of the last layer of the backbone."""
     layer_decay: float
-    """Factor on the learning rate from each layer to the one before."""
+    """Factor on the learning rate from each stage of the backbone to the one before."""
+    frozen_share: float
+    """The first stages are kept as they are while they hold less than this share of the weights: they cost most of the time
+    and learn little."""
     weight_decay: float
     warmup_share: float
     ema_horizon: float
@@ -36,23 +41,30 @@ class Recipe:
 
 
 def choose_recipe(
-    *, num_train: int, has_batch_statistics: bool, training_seconds: int | None, hyperparameters: Hyperparameters, on_cpu: bool
+    *,
+    num_train: int,
+    has_batch_statistics: bool,
+    method: MethodType,
+    training_seconds: int | None,
+    hyperparameters: Hyperparameters,
+    on_cpu: bool,
 ) -> Recipe:
     """Return the settings for this much data, with the user's hyperparameters in place of the defaults."""
     batch_size = hyperparameters.batch_size or _choose_batch_size(num_train, on_cpu=on_cpu)
-    default_head, default_backbone = (1e-3, 5e-4) if has_batch_statistics else (5e-4, 1e-4)
+    default_head, default_backbone = (1e-3, 1e-3) if has_batch_statistics else (5e-4, 1e-4)
     head_rate = hyperparameters.learning_rate or default_head
     return Recipe(
         batch_size=batch_size,
         head_rate=head_rate,
         backbone_rate=head_rate * default_backbone / default_head,
-        layer_decay=0.9 if has_batch_statistics else 0.75,
+        layer_decay=0.7 if has_batch_statistics else 0.75,
+        frozen_share=0.01 if method is MethodType.AUTO and num_train < SMALL_DATA else 0.0,
         weight_decay=0.02,
         warmup_share=0.1,
-        ema_horizon=0.15,
+        ema_horizon=0.1,
         clip_norm=1.0,
         # Statistics of few examples or small batches are worse than those of the pretraining.
-        freeze_batch_statistics=has_batch_statistics and (batch_size < 16 or num_train < 10_000),
+        freeze_batch_statistics=has_batch_statistics and (batch_size < 16 or num_train < SMALL_DATA),
         smallest_crop=0.6,
         planned_steps=_plan_steps(num_train, batch_size, training_seconds=training_seconds, hyperparameters=hyperparameters),
     )

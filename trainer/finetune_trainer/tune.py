@@ -50,6 +50,7 @@ def tune(job: Job, v0: ModelV0) -> Tuning:
     recipe = choose_recipe(
         num_train=num_train,
         has_batch_statistics=job.backbone.has_batch_statistics,
+        method=job.config.method,
         training_seconds=job.config.training_seconds,
         hyperparameters=job.config.hyperparameters,
         on_cpu=job.device.name == "cpu",

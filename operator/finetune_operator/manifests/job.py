@@ -61,7 +61,8 @@ def _build_labels(job: JobView, spec: FineTuneJobSpec, *, config: TrainerConfig)
 
 
 def _build_pod_spec(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: TrainerSettings) -> dict[str, Any]:
-    claims = _list_claims(spec)
+    # One volume for each claim: a pod that names a claim in two volumes never gets past ContainerCreating.
+    volumes = {volume: claim for volume, claim, _, _ in _list_mounts(spec)}
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -77,7 +78,7 @@ def _build_pod_spec(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: T
         },
         "containers": [_build_container(spec, config=config, settings=settings)],
         "volumes": [
-            *({"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim, _, _ in claims),
+            *({"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in volumes.items()),
             {"name": "report", "projected": {"sources": _build_report_sources()}},
             {"name": "tmp", "emptyDir": {}},
         ],
@@ -110,7 +111,7 @@ def _build_container(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: 
         "volumeMounts": [
             *(
                 {"name": name, "mountPath": path} | ({"readOnly": True} if is_read_only else {})
-                for name, _, path, is_read_only in _list_claims(spec)
+                for name, _, path, is_read_only in _list_mounts(spec)
             ),
             {"name": "report", "mountPath": names.REPORT_MOUNT, "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
@@ -118,16 +119,19 @@ def _build_container(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: 
     }
 
 
-def _list_claims(spec: FineTuneJobSpec) -> tuple[tuple[str, str, str, bool], ...]:
-    """Return volume name, claim, mount path and whether it is read-only, for every `pvc://` URI of the spec."""
-    uris = (
+def _list_mounts(spec: FineTuneJobSpec) -> list[tuple[str, str, str, bool]]:
+    """Return volume, claim, mount path and whether it is read-only, for every `pvc://` URI; a volume has its first use's name."""
+    uses = (
         ("model", spec.model.uri, names.MODEL_MOUNT, True),
         ("dataset", spec.dataset.uri, names.DATASET_MOUNT, True),
         ("output", spec.output.uri, names.OUTPUT_MOUNT, False),
     )
-    return tuple(
-        (name, claim, path, is_read_only) for name, uri, path, is_read_only in uris if (claim := claim_of(uri)) is not None
-    )
+    mounts: list[tuple[str, str, str, bool]] = []
+    for use, uri, path, is_read_only in uses:
+        if claim := claim_of(uri):
+            volume = next((name for name, each, _, _ in mounts if each == claim), use)
+            mounts.append((volume, claim, path, is_read_only))
+    return mounts
 
 
 def _build_report_sources() -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""How requests are repeated: against a server that answers what the test wants."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+from aiohttp import web
+from finetune_operator.cluster import ClientSettings, Cluster
+from finetune_operator.errors import ApiError, NotFoundError, RefusedError, UnauthorizedError
+from finetune_operator.metrics import Metrics
+from finetune_operator.views import Kind, RawObject
+from kubernetes.aio.client import Configuration
+from prometheus_client import generate_latest
+
+_KEY = ("team", "emoji")
+
+
+@dataclass
+class Server:
+    """Answers in order; the last answer stays."""
+
+    answers: list[tuple[int, dict[str, str], str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.paths.append(request.path_qs)
+        status, headers, text = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return web.Response(status=status, headers=headers, text=text)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+async def cluster(server: Server, metrics: Metrics) -> AsyncIterator[Cluster]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    configuration = Configuration(host=f"http://127.0.0.1:{runner.addresses[0][1]}")
+    cluster = _Fixed(configuration, settings=ClientSettings(requests_per_second=500, burst=500, connections=4), metrics=metrics)
+    yield cluster
+    await cluster.close()
+    await runner.cleanup()
+
+
+class _Fixed(Cluster):
+    """A cluster whose credentials are the same however often they are loaded."""
+
+    async def reload(self) -> None:
+        pass
+
+
+def _status(code: int, reason: str, message: str = "m") -> tuple[int, dict[str, str], str]:
+    return code, {}, f'{{"kind": "Status", "reason": "{reason}", "message": "{message}"}}'
+
+
+_OK: tuple[int, dict[str, str], str] = (200, {}, '{"kind": "Job"}')
+_BUSY = (429, {"Retry-After": "0"}, '{"reason": "TooManyRequests"}')
+
+
+async def _get(cluster: Cluster) -> RawObject:
+    return await cluster.get(Kind.JOB, _KEY)
+
+
+async def test_busy_server_is_asked_again(cluster: Cluster, server: Server, metrics: Metrics) -> None:
+    server.answers = [_BUSY, _BUSY, _OK]
+
+    assert await _get(cluster) == {"kind": "Job"}
+    page = generate_latest(metrics.registry).decode()
+    assert 'finetune_api_requests_total{code="4xx",resource="jobs",verb="get"} 2.0' in page
+
+
+async def test_server_that_stays_busy_is_left_alone_in_the_end(cluster: Cluster, server: Server) -> None:
+    server.answers = [_BUSY]
+    with pytest.raises(ApiError, match="429"):
+        await _get(cluster)
+
+    assert len(server.paths) == 5
+
+
+async def test_credentials_are_loaded_again_once(cluster: Cluster, server: Server) -> None:
+    server.answers = [_status(401, "Unauthorized"), _OK]
+    assert await _get(cluster) == {"kind": "Job"}
+    server.answers = [_status(401, "Unauthorized")]
+    with pytest.raises(UnauthorizedError):
+        await _get(cluster)
+
+    assert len(server.paths) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        pytest.param(_status(404, "NotFound"), NotFoundError, id="not found"),
+        pytest.param(_status(422, "Invalid", "spec.x: no"), RefusedError, id="invalid"),
+        pytest.param((502, {}, "<html>bad gateway</html>"), ApiError, id="a proxy in between"),
+        pytest.param((200, {}, "half of a"), ApiError, id="no JSON"),
+    ],
+)
+async def test_errors_keep_the_servers_words(
+    cluster: Cluster, server: Server, answer: tuple[int, dict[str, str], str], error: type[ApiError]
+) -> None:
+    server.answers = [answer]
+    with pytest.raises(error) as caught:
+        await _get(cluster)
+
+    assert caught.type is error
+    assert any(word in str(caught.value) for word in ("m", "spec.x: no", "bad gateway", "half"))
+
+
+async def test_list_is_read_in_chunks(cluster: Cluster, server: Server) -> None:
+    def chunk(uid: str, *, more: str) -> tuple[int, dict[str, str], str]:
+        item = f'{{"metadata": {{"uid": "{uid}", "namespace": "team", "name": "{uid}", "resourceVersion": "5"}}}}'
+        return 200, {}, f'{{"metadata": {{"resourceVersion": "9", "continue": "{more}"}}, "items": [{item}]}}'
+
+    server.answers = [chunk("a", more="token"), chunk("b", more="")]
+    listing = await cluster.list_versions(Kind.POD, namespace="team")
+
+    assert (listing.version, listing.objects) == (9, {"a": (("team", "a"), 5), "b": (("team", "b"), 5)})
+    assert ["continue=token" in path for path in server.paths] == [False, True]
+    assert all("limit=500" in path and "labelSelector=app.kubernetes.io" in path for path in server.paths)
+
+
+async def test_server_that_is_gone_is_an_error_like_others(metrics: Metrics) -> None:
+    configuration = Configuration(host="http://127.0.0.1:1")
+    cluster = Cluster(configuration, settings=ClientSettings(requests_per_second=9, burst=9, connections=1), metrics=metrics)
+    with pytest.raises(ApiError, match="NoAnswer"):
+        await _get(cluster)
+    await cluster.close()

@@ -1,0 +1,120 @@
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from finetune_trainer.publish import Artefact, publish, read_published
+
+IDENTITY = {"run": "1", "data": "2"}
+
+
+def save(folder: Path, value: float, stage: str = "probe", identity: dict[str, str] | None = None) -> None:
+    tensors = {"w": torch.full((3,), value)}
+    save_checkpoint(folder, stage, identity=identity or IDENTITY, tensors=tensors, state={"value": value})
+
+
+def load_value(folder: Path, stage: str = "probe", identity: dict[str, str] | None = None) -> float | None:
+    kept = load_checkpoint(folder, stage, identity=identity or IDENTITY)
+    return None if kept is None else kept.state["value"]
+
+
+def test_newest_checkpoint_of_the_stage_is_read(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        save(tmp_path, value)
+    save(tmp_path, 3.0, stage="finetuned")
+
+    assert load_value(tmp_path) == 2.0
+
+
+@pytest.mark.parametrize("broken", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_broken_checkpoint_is_skipped_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str, damage: str
+) -> None:
+    save(tmp_path, 1.0)
+    save(tmp_path, 2.0)
+    path = tmp_path / "checkpoint-000002-probe" / broken
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x00" + content[1:])
+
+    with caplog.at_level(logging.WARNING):
+        assert load_value(tmp_path) == 1.0
+
+    assert "checkpoint-000002-probe" in caplog.text
+
+
+def test_checkpoint_of_other_data_is_not_used(tmp_path: Path) -> None:
+    save(tmp_path, 1.0)
+
+    assert load_value(tmp_path, identity={**IDENTITY, "data": "other"}) is None
+
+
+def test_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
+    save(tmp_path, 1.0)
+    (tmp_path / "checkpoint-000001-probe").rename(tmp_path / ".tmp-000001")
+
+    assert load_value(tmp_path) is None
+    remove_checkpoints(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_artefact(run: str = "r1", **metrics: Any) -> Artefact:
+    result = {"candidate": "probe", "metrics": [{"name": "test_accuracy", "value": "0.9"}]}
+    return Artefact({"w": torch.zeros(2)}, {"labels": ["a"]}, {"result": result, **metrics}, "card", {"run": run})
+
+
+def test_digest_of_the_output_covers_every_file(tmp_path: Path) -> None:
+    output = publish(tmp_path, make_artefact(), uri="pvc://models/x")
+
+    manifest = (tmp_path / "manifest.json").read_bytes()
+    assert output.digest == f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+    assert output.bytes == sum(path.stat().st_size for path in tmp_path.iterdir() if path.name != "COMPLETE")
+    for name, entry in json.loads(manifest)["files"].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def test_published_result_is_read_back(tmp_path: Path) -> None:
+    output = publish(tmp_path, make_artefact(), uri="pvc://models/x")
+
+    published = read_published(tmp_path, run="r1", uri="pvc://models/x")
+
+    assert published is not None
+    assert published.output == output
+    assert published.result.metrics[0].value == "0.9"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda folder: (folder / "COMPLETE").unlink(), id="not complete"),
+        pytest.param(lambda folder: (folder / "model.safetensors").write_bytes(b""), id="weights cut"),
+        pytest.param(lambda folder: (folder / "manifest.json").write_text("{}"), id="other manifest"),
+        pytest.param(lambda folder: publish(folder, make_artefact(run="r2"), uri="pvc://models/x"), id="another run"),
+    ],
+)
+def test_anything_but_this_runs_complete_artefact_is_not_taken_for_it(tmp_path: Path, damage: Any) -> None:
+    publish(tmp_path, make_artefact(), uri="pvc://models/x")
+
+    damage(tmp_path)
+
+    assert read_published(tmp_path, run="r1", uri="pvc://models/x") is None
+
+
+def test_complete_never_stands_beside_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, make_artefact(), uri="pvc://models/x")
+
+    def crash(*_: Any) -> None:
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr("finetune_trainer.publish.sync_folder", crash)
+    with pytest.raises(OSError, match="stops here"):
+        publish(tmp_path, make_artefact(run="r2"), uri="pvc://models/x")
+
+    assert not (tmp_path / "COMPLETE").exists()
