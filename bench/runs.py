@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MODEL_V0 = re.compile(r"model v0 \(probe\): validation accuracy ([0-9.]+) after ([0-9.]+) s")
+_MODEL_V0 = re.compile(r"model v0 after ([0-9.]+) s: .*?val_accuracy ([0-9.]+)")
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def read_run(log: str, output: Path, *, total_seconds: float) -> Run:
     metrics = json.loads((output / "metrics.json").read_text())
     return Run(
         {metric["name"]: read_metric(metric) for metric in metrics["metrics"]},
-        str(metrics.get("candidate", "")),
-        float(probe[1]),
+        str(metrics["result"]["candidate"]),
         float(probe[2]),
+        float(probe[1]),
         total_seconds,
     )
 

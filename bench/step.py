@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from finetune_api.v1alpha1 import Hyperparameters
+from finetune_api.v1alpha1 import Hyperparameters, MethodType
 from finetune_trainer.backbone import Backbone, Classifier
 from finetune_trainer.batches import TrainingSet
 from finetune_trainer.device import Device
-from finetune_trainer.finetune import Note, finetune
+from finetune_trainer.finetune import Note, finetune, group_parameters, set_train_mode
 from finetune_trainer.recipe import Recipe, choose_recipe
 from torch import Tensor
 from torch.nn import functional
@@ -59,7 +59,7 @@ def main() -> None:
         [
             ["hand-written loop on ready tensors", f"{num_pictures / result.theirs:.1f}", "100 %", ""],
             [
-                "trainer: augmentation, layer-decayed rates, moving average",
+                "trainer: augmentation, clipping, layer-decayed rates, moving average",
                 f"{num_pictures / result.ours:.1f}",
                 f"{100 * result.ratio:.0f} %",
                 f"{100 * waits[len(waits) // 2]:.1f} %",
@@ -73,6 +73,7 @@ def choose(backbone: Backbone, num_train: int, num_steps: int) -> Recipe:
     recipe = choose_recipe(
         num_train=num_train,
         has_batch_statistics=backbone.has_batch_statistics,
+        method=MethodType.AUTO,
         training_seconds=None,
         hyperparameters=Hyperparameters(),
         on_cpu=True,
@@ -83,18 +84,19 @@ def choose(backbone: Backbone, num_train: int, num_steps: int) -> Recipe:
 def build(backbone: Backbone, device: Device) -> Classifier:
     """Return a classifier that owns its weights, so that each round starts from the same ones."""
     torch.manual_seed(0)
-    classifier = Classifier(copy.deepcopy(backbone.model), backbone.num_features, NUM_CLASSES)
+    classifier = Classifier(
+        copy.deepcopy(backbone.model), backbone.architecture, num_features=backbone.num_features, num_classes=NUM_CLASSES
+    )
     device.place(classifier)
     return classifier
 
 
 def run_by_hand(backbone: Backbone, device: Device, x_NCHW: Tensor, y_N: Tensor, recipe: Recipe) -> float:
     """Return the seconds of the loop that one would write: forward, loss, backward, AdamW, and the same parts frozen."""
-    model = build(backbone, device).train()
-    for module in model.modules():
-        if recipe.freeze_batch_statistics and isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model = build(backbone, device)
+    set_train_mode(model, freeze_batch_statistics=recipe.freeze_batch_statistics)
+    group_parameters(model, recipe)  # freezes the first stages
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5, fused=True)
     started = time.perf_counter()
     for x_BCHW, y_B in zip(torch.split(x_NCHW, recipe.batch_size), torch.split(y_N, recipe.batch_size), strict=False):
         loss = functional.cross_entropy(model(x_BCHW), y_B)

@@ -6,7 +6,6 @@ mirroring, the best epoch on the validation data kept. Its training loop is kept
 """
 
 import argparse
-import copy
 import hashlib
 import sys
 import tempfile
@@ -15,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
-from finetune_trainer.backbone import Backbone, Classifier
+from finetune_trainer.backbone import Backbone
 from finetune_trainer.pictures import convert_to_rgb
 from PIL import Image
 from torch import nn
@@ -90,7 +90,8 @@ def run_tutorial(split: Path, *, num_epochs: int, scratch: Path) -> list[Epoch]:
     torch.manual_seed(0)
     backbone, _ = load_model(scratch)
     loaders = build_loaders(split, backbone)
-    model = Classifier(copy.deepcopy(backbone.model), backbone.num_features, len(list((split / "train").iterdir())))
+    model: nn.Module = timm.create_model(backbone.architecture.name, num_classes=len(list((split / "train").iterdir())))
+    model.load_state_dict(backbone.model.state_dict(), strict=False)  # all but the head
     optimizer = SGD(model.parameters(), lr=0.001, momentum=0.9)
     scheduler = StepLR(optimizer, step_size=7, gamma=0.1)
     return train_model(model, loaders, nn.CrossEntropyLoss(), optimizer, scheduler, num_epochs=num_epochs, scratch=scratch)
