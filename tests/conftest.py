@@ -6,6 +6,7 @@ import difflib
 import http.client
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def control_plane() -> Iterator[Path]:
         yield ROOT / ".local" / "clusters" / name / "kubeconfig"
     finally:
         subprocess.run([*command, "down", "--name", name], check=False, cwd=ROOT)
+        shutil.rmtree(ROOT / ".local" / "clusters" / name, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

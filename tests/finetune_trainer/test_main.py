@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from finetune_api import names
 from finetune_api.contract import ExitCode, TrainerConfig, TrainerReport
+from finetune_trainer.__main__ import main
 from finetune_trainer.predict import load_model, predict_logits
 
 
@@ -51,6 +53,24 @@ def test_pod_completes_and_its_model_predicts_the_same_in_another_process(
     assert_logits_are_reproduced(tmp_path / "output", data)
 
 
+def run_here(config: TrainerConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, TrainerReport]:
+    """Do what a pod does in this process, which saves the seconds that imports take."""
+    last = folder / "termination-log"
+    last.touch()
+    monkeypatch.setenv(names.ENV_TRAINER_CONFIG, config.model_dump_json(by_alias=True))
+    monkeypatch.delenv(names.ENV_REPORT_URL, raising=False)
+    code = main(["--termination-message-file", str(last)])
+    return code, TrainerReport.model_validate_json(last.read_text())
+
+
+@pytest.fixture
+def _keep_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def assert_logits_are_reproduced(model_dir: Path, data: Path) -> None:
     """Predict each picture alone in a fresh process and all at once here."""
     pictures = sorted(data.glob("*/*"))[:5]
@@ -82,10 +102,13 @@ def test_invalid_spec_is_exit_code_64(tmp_path: Path, config: str | None, reason
     assert report.failure.reason == reason
 
 
-def test_output_that_cannot_be_written_is_exit_code_64(make_pictures: Any, make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_keep_signals")
+def test_output_that_cannot_be_written_is_exit_code_64(
+    make_pictures: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
 
-    code, report, _ = run_pod(make_config(make_pictures(count=4), output="file/x"), tmp_path)
+    code, report = run_here(make_config(make_pictures(count=4), output="file/x"), tmp_path, monkeypatch)
 
     assert code == ExitCode.INVALID_SPEC
     assert report.failure
@@ -113,14 +136,17 @@ def test_missing_model_is_exit_code_78(make_pictures: Any, make_config: Any, tmp
     assert report.failure.reason == "ModelNotFound"
 
 
-def test_bug_is_exit_code_1_with_its_traceback(make_pictures: Any, make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_keep_signals")
+def test_bug_is_exit_code_1_with_its_traceback(
+    make_pictures: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "output/.finetune").mkdir(parents=True)
     (tmp_path / "output/.finetune/features").write_text("a file where a folder belongs")
 
-    code, report, errors = run_pod(make_config(make_pictures(count=4)), tmp_path)
+    code, report = run_here(make_config(make_pictures(count=4)), tmp_path, monkeypatch)
 
     assert code == ExitCode.INTERNAL_ERROR
-    assert "Traceback" in errors
+    assert "Traceback" in capsys.readouterr().err
     assert report.failure
     assert report.failure.reason == "InternalError"
     assert report.log_tail
@@ -169,20 +195,36 @@ def write_job(tmp_path: Path, **spec: Any) -> Path:
     return tmp_path / "job.yaml"
 
 
-def test_local_run_and_prediction(make_pictures: Any, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_keep_signals")
+def test_local_run_and_prediction(
+    make_pictures: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, output = make_pictures(count=12, noise=5.0), tmp_path / "model"
-    process = start("run", str(write_job(tmp_path)), "--output", str(output), "--data", str(data), "--model", str(tiny_model))
-    shown, errors = process.communicate(timeout=120)
-    assert process.returncode == ExitCode.COMPLETE, errors
-    assert "test_accuracy" in shown
 
-    process = start("predict", str(output), str(data / "blue/000.png"), str(data / "green/000.png"))
-    shown, errors = process.communicate(timeout=60)
+    code = main(["run", str(write_job(tmp_path)), "--output", str(output), "--data", str(data), "--model", str(tiny_model)])
 
-    assert process.returncode == 0, errors
-    lines = shown.splitlines()
-    assert len(lines) == 2
-    assert "blue/000.png: blue 0." in lines[0] or "blue/000.png: blue 1." in lines[0]
+    assert code == ExitCode.COMPLETE
+    assert "test_accuracy" in capsys.readouterr().out
+    assert main(["predict", str(output), str(data / "blue/000.png"), str(data / "green/000.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["blue", "green"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["{model}", "{text}"], ExitCode.INVALID_DATA, id="no picture"),
+        pytest.param(["{text}", "{text}"], ExitCode.MODEL_NOT_FOUND, id="no model"),
+    ],
+)
+def test_prediction_says_what_is_wrong(
+    make_pictures: Any, make_config: Any, run_job: Any, tmp_path: Path, arguments: list[str], code: ExitCode
+) -> None:
+    run_job(make_config(make_pictures(count=4), method={"type": "probe"}))
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+
+    assert main(["predict", *(argument.format(model=tmp_path / "output", text=text) for argument in arguments)]) == code
 
 
 @pytest.mark.parametrize(
