@@ -1,5 +1,6 @@
 """The main job on the local cluster: pictures in, fine-tuned model out."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -137,8 +138,9 @@ def _show(job: dict[str, Any]) -> None:
 def _predict(model: Path, pictures: Path) -> None:
     """Label a few pictures that the model has never seen: those of its test split."""
     _say("predictions for pictures that were held out")
-    held_out = json.loads((model / "metrics.json").read_text(encoding="utf-8"))["testFiles"]
-    chosen = [str(pictures / name) for name in held_out[:: max(1, len(held_out) // _NUM_PREDICTIONS)][:_NUM_PREDICTIONS]]
+    with (model / "splits.csv").open(encoding="utf-8", newline="") as table:
+        held_out = [row["path"] for row in csv.DictReader(table) if row["split"] == "test"]
+    chosen = [str(pictures / name) for name in held_out[:: len(held_out) // _NUM_PREDICTIONS][:_NUM_PREDICTIONS]]
     trainer = Path(sys.executable).with_name("finetune-trainer")
     subprocess.run([str(trainer), "predict", str(model), *chosen], check=True)
 

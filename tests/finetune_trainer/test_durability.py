@@ -67,7 +67,9 @@ def test_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
 
 def make_artefact(run: str = "r1", **metrics: Any) -> Artefact:
     result = {"candidate": "probe", "metrics": [{"name": "test_accuracy", "value": "0.9"}]}
-    return Artefact({"w": torch.zeros(2)}, {"labels": ["a"]}, {"result": result, **metrics}, "card", {"run": run})
+    return Artefact(
+        {"w": torch.zeros(2)}, {"labels": ["a"]}, {"result": result, **metrics}, "path,label,split\n", "card", {"run": run}
+    )
 
 
 def test_digest_of_the_output_covers_every_file(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_probe_publishes_a_complete_artefact(make_pictures: Any, make_config: An
     assert metric(report, "test_accuracy") > 0.5
     assert report.trainer_status.progress_percentage == 100
     assert {path.name for path in (tmp_path / "output").iterdir()} == {
-        "COMPLETE", "README.md", "config.json", "manifest.json", "metrics.json", "model.safetensors", ".finetune",
+        "COMPLETE", "README.md", "config.json", "manifest.json", "metrics.json", "model.safetensors", "splits.csv", ".finetune",
     }  # fmt: skip
     assert (tmp_path / "output/COMPLETE").read_text().strip() == report.output.digest
 

@@ -19,6 +19,8 @@ class Dataset:
     """Pictures and labels; the splits hold positions in them."""
 
     audit: Audit
+    paths: tuple[str, ...]
+    """Paths below the folder of the data set, by position."""
     pixels_NHWC: Tensor
     y_N: Tensor
     """Classes by position; -1 for pictures that are left out."""
@@ -59,6 +61,7 @@ def read_dataset(
     classes = {label: number for number, label in enumerate(audited.labels)}
     return Dataset(
         audited,
+        tuple(example.path for example in listing.examples),
         device.keep(torch.from_numpy(pictures.pixels_NHWC)),
         torch.tensor([classes.get(example.label, -1) for example in listing.examples]),
         pictures.digests,

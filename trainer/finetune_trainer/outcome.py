@@ -1,6 +1,8 @@
 """What a model is worth, in the forms that people and programs read: metrics, result, configuration, card, provenance."""
 
+import csv
 import importlib.metadata
+import io
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,6 +80,7 @@ def build_artefact(job: Job, outcome: Outcome) -> Artefact:
         weights=outcome.choice.weights,
         config=_build_config(job, outcome),
         metrics=_build_metrics(job, outcome),
+        splits=_write_splits(job),
         card=_write_card(job, outcome),
         provenance=_build_provenance(job),
     )
@@ -115,6 +118,16 @@ def _build_metrics(job: Job, outcome: Outcome) -> dict[str, Any]:
         "elapsedSeconds": round(job.budget.elapsed_seconds(), 3),
         "result": to_result(job, outcome).model_dump(mode="json", by_alias=True, exclude_none=True),
     }
+
+
+def _write_splits(job: Job) -> str:
+    dataset = job.dataset
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("path", "label", "split"))
+    for split, index_N in dataset.positions.items():
+        writer.writerows((dataset.paths[i], dataset.labels[int(dataset.y_N[i])], split.value) for i in index_N.tolist())
+    return table.getvalue()
 
 
 def _build_provenance(job: Job) -> dict[str, Any]:

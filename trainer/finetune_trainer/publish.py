@@ -15,6 +15,7 @@ from finetune_trainer.durable import sync_folder, write_file
 from finetune_trainer.finetune import Weights
 
 METRICS_FILE = "metrics.json"
+SPLITS_FILE = "splits.csv"
 CARD_FILE = "README.md"
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
@@ -27,6 +28,8 @@ class Artefact:
     weights: Weights
     config: dict[str, Any]
     metrics: dict[str, Any]
+    splits: str
+    """Which picture served for what: the table that data sets of format csv have."""
     card: str
     provenance: dict[str, Any]
     """Goes into the manifest: the run, hashes of data and model, versions."""
@@ -83,6 +86,7 @@ def _render(artefact: Artefact) -> dict[str, bytes]:
         WEIGHTS_FILE: safetensors.torch.save(weights, metadata={"format": "pt"}),
         CONFIG_FILE: _to_json(artefact.config),
         METRICS_FILE: _to_json(artefact.metrics),
+        SPLITS_FILE: artefact.splits.encode(),
         CARD_FILE: artefact.card.encode(),
     }
     files = {name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in contents.items()}
