@@ -10,6 +10,7 @@ PYTHON := .venv/bin/python
 CLUSTER := python3 hack/cluster
 RUN := $(UV) run --frozen --no-sync
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help
 help: ## Show this help.
@@ -34,8 +35,7 @@ demo: sync ## Run the main job on a local cluster: pictures in, fine-tuned model
 
 .PHONY: test
 test: sync ## Run all tests: unit, control plane, and the node with both images.
-	$(CLUSTER) binaries
-	$(CLUSTER) images
+	$(CLUSTER) prepare
 	$(RUN) pytest $(PYTEST_ARGS)
 
 .PHONY: unit
@@ -47,8 +47,7 @@ verify: sync generate ## Check style, types, import rules and generated files.
 	$(UV) lock --check --quiet
 	$(RUN) ruff check
 	$(RUN) ruff format --check
-	$(RUN) mypy api operator trainer hack/data hack/*.py bench
-	$(RUN) mypy hack/cluster
+	$(RUN) mypy api operator trainer hack/data hack/*.py hack/cluster bench
 	$(RUN) lint-imports
 	@changed="$$(git status --porcelain -- $(GENERATED))"; if [ -n "$$changed" ]; then \
 		echo "generated files differ from their sources; run 'make generate' and commit:"; echo "$$changed"; git --no-pager diff -- $(GENERATED); exit 1; fi
@@ -66,7 +65,7 @@ golden: sync ## Rewrite the golden files; read the diff.
 .PHONY: bench
 bench: sync ## Measure the trainer and the operator; prints the tables of docs/benchmarks.md.
 	$(CLUSTER) binaries
-	$(RUN) python -m bench
+	$(RUN) python -m bench $(BENCH_ARGS)
 
 .PHONY: cluster-up
 cluster-up: ## Start the local cluster with its node; prints the kubeconfig's path.

@@ -31,8 +31,8 @@ def main() -> int:
     """Run the demo and return the exit status: 0 only if the job became Complete and its model predicts."""
     started = time.monotonic()
     try:
-        _say("images of the operator and the trainer")
-        cluster("images")
+        _say("the programs of Kubernetes, and the images of the operator and the trainer")
+        cluster("prepare")
         _say("a Kubernetes cluster on this machine")
         cluster("up")
         _say("pictures: 1,906 emojis in 9 categories")

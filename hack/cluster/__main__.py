@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from localcluster.binaries import CLUSTER, binaries_folder, binary, ensure_binaries
@@ -44,6 +45,8 @@ def _run(arguments: argparse.Namespace) -> None:
         case "binaries":
             ensure_binaries(CLUSTER)
             print(binaries_folder())
+        case "prepare":
+            _prepare(arguments.name)
         case "path":
             print(binary(arguments.program))
         case "env":
@@ -54,6 +57,14 @@ def _down(arguments: argparse.Namespace) -> None:
     for instance in all_instances() if arguments.all else (instance_named(arguments.name),):
         down(instance)
     clean_builds()
+
+
+def _prepare(name: str) -> None:
+    """Compile and build side by side: each waits for the network or a disk while the other computes."""
+    with ThreadPoolExecutor() as pool:
+        parts = (pool.submit(ensure_binaries, CLUSTER), pool.submit(ensure_images, instance_named(name), names=IMAGE_NAMES))
+    for part in parts:
+        part.result()
 
 
 def _print_environment(name: str) -> None:
@@ -75,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     images_parser.add_argument("--only", choices=IMAGE_NAMES, help="one image alone")
     _add_volume(commands.add_parser("volume", help="make a host directory that pods see through a claim"))
     commands.add_parser("binaries", help="compile the programs that are not in the cache")
+    _add_name(commands.add_parser("prepare", help="compile the programs and build the images, side by side"))
     path_parser = commands.add_parser("path", help="print where a program lies, compiling it if need be")
     path_parser.add_argument("program")
     _add_name(commands.add_parser("env", help="print shell lines that set KUBECONFIG and PATH"))

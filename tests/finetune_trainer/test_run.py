@@ -127,8 +127,8 @@ def test_interrupted_feature_pass_keeps_what_it_has(make_pictures: Any, make_con
     def stop_in_second_batch() -> None:
         nonlocal calls
         calls += 1
-        # The pictures are read in three parts of 64, the features computed in batches of 64.
-        if calls == 5:
+        # The pictures are read in three parts of 64, the features computed in batches of 32.
+        if calls == 6:
             raise PreemptedError("Preempted", "stopped")
 
     with pytest.raises(PreemptedError):

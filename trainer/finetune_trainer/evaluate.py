@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune_trainer.backbone import Preprocessing
 from finetune_trainer.device import Device
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 NUM_BINS = 15
 NUM_RESAMPLES = 1000
 # Resampling more than this many examples tells nothing: the interval is then far narrower than what it is used for.

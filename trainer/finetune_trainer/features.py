@@ -25,7 +25,7 @@ from finetune_trainer.errors import PreemptedError
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 PICTURES_PER_SHARD = 2048
 
 

@@ -22,7 +22,6 @@ from localcluster.shell import run, say, try_run
 NAMES = ("operator", "trainer")
 BASE_IMAGE = "localhost/finetune-base:bookworm-1"
 BASE_SUITE = "bookworm"
-BASE_MIRROR = "http://deb.debian.org/debian"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 BASE_JUNK = ("var/lib/apt/lists", "var/cache/apt", "usr/share/doc", "usr/share/man", "usr/share/locale")
 SHARED_INPUTS = ("Dockerfile", ".dockerignore", "uv.lock", "pyproject.toml", "api")
@@ -160,7 +159,7 @@ def _ensure_base_image() -> None:
         return
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".base-") as folder, _timed("building the base image"):
         root = Path(folder) / "root"
-        run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", BASE_SUITE, root, BASE_MIRROR])
+        run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", BASE_SUITE, root])
         for junk in BASE_JUNK:
             shutil.rmtree(root / junk, ignore_errors=True)
         # debootstrap copies the machine's own.
