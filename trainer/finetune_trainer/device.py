@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
-# CUDA needs a fixed workspace for deterministic matrix products, and reads it when its library loads.
-CUBLAS_WORKSPACE = ":4096:8"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STAGE = "finetuned"
 # Forward, backward and optimizer compared with the forward pass: a guess until the first steps are measured.
-STEP_TO_FORWARD = 3.5
+STEP_TO_FORWARD = 3.0
 # Metrics, bootstrap and writing; and for what is computed, a little unsteadiness of the machine.
 PUBLISH_SECONDS = 2.0
 UNSTEADINESS = 1.25
