@@ -11,7 +11,9 @@ from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_trainer import tune
 from finetune_trainer.budget import Budget
 from finetune_trainer.errors import InvalidSpecError, PreemptedError
+from finetune_trainer.progress import Phase, Progress
 from finetune_trainer.publish import read_published
+from finetune_trainer.run import run
 
 FULL = {"method": {"type": "full"}, "hyperparameters": {"imageSize": 32, "maxSteps": 12, "batchSize": 8, "seed": 3}}
 
@@ -199,6 +201,29 @@ def test_output_that_cannot_be_written_is_refused(make_pictures: Any, make_confi
 
     assert caught.value.reason == "OutputNotWritable"
     assert str(tmp_path / "file/output") in caught.value.message
+
+
+class RecordingProgress(Progress):
+    """Keeps what the stages say of the fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__(Budget(None, 0.0), (), with_finetune=True)
+        self.fractions: list[float] = []
+
+    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
+        if self._phase is Phase.FINETUNE:
+            self.fractions.append(fraction)
+        super().advance(fraction, remaining_seconds=remaining_seconds)
+
+
+def test_progress_of_fine_tuning_follows_its_steps(make_pictures: Any, make_config: Any) -> None:
+    progress = RecordingProgress()
+    config = make_config(make_pictures(), **FULL | {"hyperparameters": {"imageSize": 32, "maxSteps": 30, "batchSize": 8}})
+
+    run(config, budget=Budget(None, 0.0), check=lambda: None, progress=progress)
+
+    assert progress.fractions == sorted(progress.fractions)
+    assert (progress.fractions[0] < 0.4, progress.fractions[-1]) == (True, 1.0)
 
 
 def test_budget_is_kept(make_pictures: Any, make_config: Any, run_job: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Model v0: the frozen backbone with the probe as its head, usable long before any fine-tuning."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def fit_model_v0(job: Job) -> ModelV0:
     """Compute the features, fit the probe, and return both as a model."""
     positions = job.dataset.positions
     job.progress.begin(Phase.FEATURES)
-    features = _compute_features(job, torch.cat([positions[split] for split in Split]))
+    features = _compute_features(job, torch.cat([positions[split] for split in Split]), advance=job.progress.advance)
     job.progress.begin(Phase.PROBE)
     started = time.perf_counter()
     by_split = dict(zip(Split, torch.split(features.f_ND, [len(positions[split]) for split in Split]), strict=True))
@@ -68,14 +69,15 @@ def fit_model_v0(job: Job) -> ModelV0:
 def is_mirror_safe(job: Job, v0: ModelV0) -> bool:
     """Return whether mirrored pictures keep their meaning, as far as the probe can tell on validation pictures."""
     index_N = job.dataset.positions[Split.VAL][:MAX_MIRROR_EVALUATED]
-    mirrored = _compute_features(job, index_N, mirrored=True)
+    # These pictures are a moment of the fine-tuning and say nothing of how far that is.
+    mirrored = _compute_features(job, index_N, mirrored=True, advance=lambda _: None)
     y_N = job.dataset.y_N[index_N]
     plain = v0.choice.logits[Split.VAL][: len(index_N)]
     loss = _compute_accuracy(plain, y_N) - _compute_accuracy(v0.probe.head.classify(mirrored.f_ND), y_N)
     return loss <= LARGEST_MIRROR_LOSS
 
 
-def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False) -> Features:
+def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False, advance: Callable[[float], None]) -> Features:
     return compute_features(
         job.backbone,
         job.dataset.pixels_NHWC,
@@ -85,7 +87,7 @@ def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False) -> F
         cache=job.work / "features",
         mirrored=mirrored,
         check=job.check,
-        advance=job.progress.advance,
+        advance=advance,
     )
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from localcluster.kubectl import apply, try_kubectl
+from localcluster.kubectl import apply, try_kubectl, wait_for
 from localcluster.objects import volume_name, volume_objects
 from localcluster.paths import Instance
 
@@ -23,4 +23,7 @@ def ensure_volume(instance: Instance, claim: str, *, namespace: str, size: str) 
         # Its claim was deleted; a volume that remembers the old claim would never bind to another.
         try_kubectl(instance, "delete", "persistentvolume", name)
     apply(instance, volume_objects(claim, namespace=namespace, size=size, folder=folder))
+    # A pod that is created before would wait for the scheduler's next try, some twenty seconds later.
+    bound = ("wait", "--namespace", namespace, "--for=jsonpath={.status.phase}=Bound", f"pvc/{claim}", "--timeout=30s")
+    wait_for(instance, *bound, what=f"claim {claim} is not bound", timeout_seconds=40)
     return folder
