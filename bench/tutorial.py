@@ -32,7 +32,7 @@ NUM_EPOCHS = 25
 BATCH_SIZE = 4
 # The tutorial's own 4 loader processes are more than the cores, of which torch warns.
 NUM_WORKERS = 2
-BUDGETS = (60, 120, 240)
+BUDGETS = (60, 120)
 GOAL = 30
 Loaders = dict[str, DataLoader[tuple[torch.Tensor, torch.Tensor]]]
 
