@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from finetune_api import names
 from finetune_api.v1alpha1 import (
+    CheckpointStatus,
     DatasetFormat,
     FineTuneJobSpec,
     Hyperparameters,
@@ -83,6 +84,14 @@ class TrainerConfig(ContractModel):
     training_seconds: int | None = None
     output_uri: str
     output_path: str
+    checkpoint_path: str
+    """Folder for checkpoints, or an s3:// URL."""
+    checkpoint_interval_seconds: int = 60
+    checkpoint_keep: int = 2
+    micro_batch_divisor: int = 1
+    """Into how many parts each batch is split; more than 1 after an attempt that ran out of memory."""
+    grace_seconds: int = 60
+    """Time from SIGTERM to SIGKILL."""
 
     @property
     def work_path(self) -> str:
@@ -109,6 +118,7 @@ class TrainerReport(BaseModel):
     output: OutputStatus | None = None
     result: Result | None = None
     failure: FailureReport | None = None
+    checkpoint: CheckpointStatus | None = None
     log_tail: Annotated[str | None, Field(max_length=1024)] = None
 
 
@@ -118,10 +128,13 @@ def build_trainer_config(
     namespace: str,
     name: str,
     attempt: int,
+    micro_batch_divisor: int = 1,
+    grace_seconds: int = 60,
     dataset_path: str | None = None,
     output_path: str | None = None,
 ) -> TrainerConfig:
     """Return the configuration of one attempt, with `pvc://` URIs resolved to mount paths unless paths are given."""
+    output_path = output_path or resolve_mount(spec.output.uri, mount=names.OUTPUT_MOUNT)
     return TrainerConfig(
         namespace=namespace,
         name=name,
@@ -139,8 +152,20 @@ def build_trainer_config(
         hyperparameters=spec.hyperparameters,
         training_seconds=spec.budget.training_seconds,
         output_uri=spec.output.uri,
-        output_path=output_path or resolve_mount(spec.output.uri, mount=names.OUTPUT_MOUNT),
+        output_path=output_path,
+        checkpoint_path=_resolve_checkpoints(spec.checkpoint.uri, output_path=output_path),
+        checkpoint_interval_seconds=spec.checkpoint.interval_seconds,
+        checkpoint_keep=spec.checkpoint.keep,
+        micro_batch_divisor=micro_batch_divisor,
+        grace_seconds=grace_seconds,
     )
+
+
+def _resolve_checkpoints(uri: str | None, *, output_path: str) -> str:
+    """Return where checkpoints go: the mounted claim, the URL of the object store, or a folder beside the output."""
+    if uri is None:
+        return str(PurePosixPath(output_path) / ".finetune" / "checkpoints")
+    return resolve_mount(uri, mount=names.CHECKPOINT_MOUNT) if claim_of(uri) else uri
 
 
 def claim_of(uri: str) -> str | None:
@@ -161,7 +186,9 @@ def compute_run(spec: FineTuneJobSpec) -> str:
     Defaults stay out of the hash, so that a field added in a later version of the API starts no new runs.
     """
     return _digest(
-        spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"suspend", "run_policy", "resources"})
+        spec.model_dump(
+            mode="json", by_alias=True, exclude_defaults=True, exclude={"suspend", "run_policy", "resources", "checkpoint"}
+        )
     )
 
 

@@ -54,6 +54,15 @@ _MODEL_URI = Pattern(
     message="uri must be timm://NAME, such as timm://resnet18, or pvc://CLAIM/PATH, the folder of a model in a "
     "PersistentVolumeClaim",
 )
+_CHECKPOINT_URI = Pattern(
+    f"{_PVC}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/{_SEGMENT})*",
+    message="uri must be pvc://CLAIM/PATH, a folder in a PersistentVolumeClaim, or s3://BUCKET/PATH, a prefix in an object store",
+)
+_OBJECT_NAME = Pattern(
+    "[a-z0-9]([-a-z0-9.]*[a-z0-9])?",
+    message="name must be that of a Kubernetes object: lower-case letters, digits, '-' and '.'",
+)
+_REASON = Pattern("[A-Z][A-Za-z0-9]*", message="a reason is one CamelCase word, such as OOMKilled")
 # The subset of Kubernetes quantities that people write.
 _CPU = Pattern(
     "[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}([.][0-9]{1,3})?|0[.]([1-9][0-9]{0,2}|0[1-9][0-9]?|00[1-9])",
@@ -69,6 +78,21 @@ PvcUri = Annotated[
 ]
 ModelUri = Annotated[
     str, StringConstraints(max_length=512), AfterValidator(_MODEL_URI.validate), Field(json_schema_extra=_MODEL_URI.build_rule())
+]
+CheckpointUri = Annotated[
+    str,
+    StringConstraints(max_length=512),
+    AfterValidator(_CHECKPOINT_URI.validate),
+    Field(json_schema_extra=_CHECKPOINT_URI.build_rule()),
+]
+ObjectName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=253),
+    AfterValidator(_OBJECT_NAME.validate),
+    Field(json_schema_extra=_OBJECT_NAME.build_rule()),
+]
+ReasonText = Annotated[
+    str, StringConstraints(max_length=64), AfterValidator(_REASON.validate), Field(json_schema_extra=_REASON.build_rule())
 ]
 CpuQuantity = Annotated[
     str, StringConstraints(max_length=16), AfterValidator(_CPU.validate), Field(json_schema_extra=_CPU.build_rule())
@@ -223,12 +247,105 @@ class Output(ApiModel):
     complete when the file COMPLETE is there. Intermediate files are kept beside them in the folder .finetune."""
 
 
+class SecretReference(ApiModel):
+    """A Secret in the namespace of the FineTuneJob."""
+
+    name: ObjectName
+    """name is the name of the Secret. The kubelet hands its keys to the trainer as environment variables; the operator never
+    reads it."""
+
+
+_CHECKPOINT_SECRET = (
+    "!has(self.secretRef) || (has(self.uri) && self.uri.startsWith('s3://'))",
+    "secretRef is set, and uri is not s3://BUCKET/PATH; only object stores need a Secret, so remove it or give such a uri",
+)
+
+
+class Checkpoint(ApiModel):
+    """Where and how often the trainer saves its state. Resuming from it is always on."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_CHECKPOINT_SECRET))
+
+    uri: CheckpointUri | None = None
+    """uri is the folder for checkpoints: `pvc://CLAIM/PATH`, or `s3://BUCKET/PATH` for an object store. Without it they are
+    kept beside the output."""
+    interval_seconds: Annotated[int, Field(ge=1, le=86_400)] = 60
+    """intervalSeconds is the time between two checkpoints while the model trains: what a power cut can cost at most. The end of
+    each stage, a suspension and an eviction are saved besides."""
+    keep: Annotated[int, Field(ge=1, le=20)] = 2
+    """keep is the number of checkpoints of the fine-tuning that are kept, the newest ones."""
+    secret_ref: SecretReference | None = None
+    """secretRef names a Secret with the credentials for s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for a store that
+    is not Amazon's, AWS_ENDPOINT_URL."""
+
+    @model_validator(mode="after")
+    def _need_a_secret_only_for_object_stores(self) -> Self:
+        if self.secret_ref is not None and not (self.uri or "").startswith("s3://"):
+            raise ValueError(_CHECKPOINT_SECRET[1])
+        return self
+
+
+class FailureAction(StrEnum):
+    """What follows a failed attempt."""
+
+    RETRY = "Retry"
+    RETRY_FREE = "RetryFree"
+    FAIL = "Fail"
+
+
+_RULE_CRITERION = (
+    "(has(self.onExitCodes) && self.onExitCodes.size() > 0) || (has(self.onReasons) && self.onReasons.size() > 0)",
+    "a failure rule needs onExitCodes or onReasons; without them it would match nothing",
+)
+
+
+class FailureRule(ApiModel):
+    """What to do about a kind of failure."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_RULE_CRITERION))
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)]
+    """name identifies the rule; it stands in the message of a failure that the rule decided on."""
+    on_exit_codes: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=255)], ...],
+        Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """onExitCodes are exit codes of the trainer container that the rule is about."""
+    on_reasons: Annotated[tuple[ReasonText, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "set"})] = ()
+    """onReasons are reasons of failures, as in status.failure.reason, that the rule is about. With onExitCodes as well, one
+    of both is enough."""
+    action: FailureAction
+    """action is `Retry` for a retry that counts towards backoffLimit, `RetryFree` for one that does not, and `Fail` for none."""
+
+    @model_validator(mode="after")
+    def _match_something(self) -> Self:
+        if not self.on_exit_codes and not self.on_reasons:
+            raise ValueError(_RULE_CRITERION[1])
+        return self
+
+
 class RunPolicy(ApiModel):
     """What happens around the training itself."""
 
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
-    """backoffLimit is the number of retries after failed attempts, before the job is marked Failed. Failures that a retry
-    cannot mend (an invalid spec, unusable data, a missing model) are never retried."""
+    """backoffLimit is the number of retries after failed attempts, before the job is marked Failed. Disruptions (an eviction,
+    a preemption, a lost node) are retried without being counted; failures that a retry cannot mend (an invalid spec, unusable
+    data, a missing model) are never retried."""
+    start_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """startDeadlineSeconds is how long an attempt may wait until its trainer runs. After that its pods are deleted, so that they
+    hold no accelerators and no quota, and the job is marked Failed with the cause. Without it an attempt waits for ever."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """activeDeadlineSeconds is how long trainers may run, over all attempts of the run; waiting and being suspended do not
+    count. When it is reached the trainer saves, its pods are deleted, and the job is marked Failed."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+    """ttlSecondsAfterFinished is how long the Jobs and pods of a finished run are kept for their logs. The FineTuneJob itself
+    and the model are never removed. Without it they stay until the FineTuneJob is deleted or its run is replaced."""
+    failure_rules: Annotated[
+        tuple[FailureRule, ...],
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = ()
+    """failureRules change what follows a failure. The first rule that matches decides; without a match, the built-in
+    table does."""
 
 
 class Task(StrEnum):
@@ -271,6 +388,8 @@ class FineTuneJobSpec(ApiModel):
     """resources are what each trainer pod requests, and may not exceed."""
     budget: Budget = Budget()
     """budget limits what the job may spend."""
+    checkpoint: Checkpoint = Checkpoint()
+    """checkpoint says where and how often the trainer saves its state. Resuming from it is always on."""
     output: Output
     """output is where the fine-tuned model goes."""
     suspend: bool = False
@@ -393,6 +512,34 @@ class Failure(ApiModel):
     """logTail is the end of the container's output."""
 
 
+class CheckpointStatus(ApiModel):
+    """The newest saved state of the training."""
+
+    step: Annotated[int, Field(ge=0)]
+    """step is the number of optimizer steps that were done."""
+    samples: Annotated[int, Field(ge=0)]
+    """samples is the number of training examples that were consumed."""
+    time: datetime
+    """time is when the checkpoint was saved."""
+    attempt: Annotated[int, Field(ge=0)]
+    """attempt is the number of the attempt that saved it."""
+
+
+class Restart(ApiModel):
+    """One attempt that ended early and was followed by another one."""
+
+    attempt: Annotated[int, Field(ge=0)]
+    """attempt is the number of the attempt that ended."""
+    reason: ShortText
+    """reason is one CamelCase word for the cause."""
+    time: datetime
+    """time is when the attempt ended."""
+    counted: bool
+    """counted says whether the restart counts towards backoffLimit."""
+    lost_seconds: Annotated[int, Field(ge=0)]
+    """lostSeconds is the running time since the last checkpoint, which has to be spent again."""
+
+
 class FineTuneJobStatus(ApiModel):
     """What the operator observed. Written by the operator alone."""
 
@@ -403,7 +550,28 @@ class FineTuneJobStatus(ApiModel):
     attempt: Annotated[int, Field(ge=0)] = 0
     """attempt is the number of the current attempt within the run. The first is 1."""
     restarts: Annotated[int, Field(ge=0)] = 0
-    """restarts is how often the run was retried after a failure."""
+    """restarts is how often the run was started again after an attempt ended early, whatever the cause."""
+    restarts_counted_towards_limit: Annotated[int, Field(ge=0)] = 0
+    """restartsCountedTowardsLimit is how many of the restarts count towards runPolicy.backoffLimit; disruptions do not."""
+    restart_history: Annotated[
+        tuple[Restart, ...], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = ()
+    """restartHistory lists the latest restarts, the newest one last."""
+    lost_seconds: Annotated[int, Field(ge=0)] = 0
+    """lostSeconds is the running time that restarts have cost in total: what lay between the last checkpoint and the end of
+    each attempt."""
+    active_seconds: Annotated[int, Field(ge=0)] = 0
+    """activeSeconds is how long trainers of ended attempts of this run were running; activeDeadlineSeconds limits it."""
+    pending_since: datetime | None = None
+    """pendingSince is since when the current attempt waits for its trainer to run; startDeadlineSeconds counts from it."""
+    running_since: datetime | None = None
+    """runningSince is since when the trainer of the current attempt runs."""
+    micro_batch_divisor: Annotated[int, Field(ge=1, le=1024)] = 1
+    """microBatchDivisor is into how many parts the trainer splits each batch: doubled whenever it ran out of memory."""
+    pod_shape: ShortText | None = None
+    """podShape is a hash of what the pods of the current attempt request."""
+    checkpoint: CheckpointStatus | None = None
+    """checkpoint is the newest saved state, which the next attempt goes on from."""
     conditions: Annotated[
         tuple[Condition, ...],
         Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
