@@ -36,11 +36,16 @@ demo: sync ## Run the main job on a local cluster: pictures in, fine-tuned model
 .PHONY: test
 test: sync ## Run all tests: unit, control plane, and the node with both images.
 	$(CLUSTER) prepare
-	$(RUN) pytest $(PYTEST_ARGS)
+	$(RUN) pytest -m "not faults" $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: sync ## Run the long tests of faults: random kills, a lost node.
+	$(CLUSTER) prepare
+	$(RUN) pytest -m faults $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: sync ## Run the tests that need no cluster.
-	$(RUN) pytest -m "not apiserver and not node" $(PYTEST_ARGS)
+	$(RUN) pytest -m "not apiserver and not node and not faults" $(PYTEST_ARGS)
 
 .PHONY: verify
 verify: sync generate ## Check style, types, import rules and generated files.
@@ -60,7 +65,7 @@ generate: sync ## Write the CRD, the chart's CRD, schema and README, and the ref
 
 .PHONY: golden
 golden: sync ## Rewrite the golden files; read the diff.
-	UPDATE_GOLDEN=1 $(RUN) pytest -q -m "not apiserver and not node" tests/finetune_operator tests/chart
+	UPDATE_GOLDEN=1 $(RUN) pytest -q -m "not apiserver and not node and not faults" tests/finetune_operator tests/chart
 
 .PHONY: bench
 bench: sync ## Measure the trainer and the operator; prints the tables of docs/benchmarks.md.

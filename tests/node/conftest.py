@@ -11,6 +11,9 @@ from typing import Any
 import cluster_client
 import pytest
 
+# The local cluster's modules belong to no installed package.
+sys.path.insert(0, str(cluster_client.ROOT / "hack" / "cluster"))
+
 _SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://datasets/pictures", "validationFraction": 0.2, "testFraction": 0.2},
@@ -29,6 +32,12 @@ class Namespace:
         cluster_client.ensure_namespace(name)
         self.datasets = cluster_client.ensure_volume("datasets", namespace=name)
         self.models = cluster_client.ensure_volume("models", namespace=name)
+
+    def remove(self) -> None:
+        """Delete the namespace with its volumes."""
+        cluster_client.kubectl("delete", "namespace", self.name, "--wait=true", "--timeout=120s")
+        for claim in ("datasets", "models"):
+            cluster_client.kubectl("delete", "pv", "--ignore-not-found", f"{self.name}-{claim}")
 
     def apply(self, name: str, **spec: Any) -> dict[str, Any]:
         """Apply a FineTuneJob with small settings, and return its manifest."""
@@ -99,9 +108,26 @@ def team(node: None) -> Iterator[Namespace]:
     script = cluster_client.ROOT / "hack" / "data" / "emoji.py"
     subprocess.run([sys.executable, str(script), str(namespace.datasets / "pictures"), "--limit", "300"], check=True)
     yield namespace
-    cluster_client.kubectl("delete", "namespace", namespace.name, "--wait=true", "--timeout=120s")
-    for claim in ("datasets", "models"):
-        cluster_client.kubectl("delete", "pv", "--ignore-not-found", f"{namespace.name}-{claim}")
+    namespace.remove()
+
+
+@pytest.fixture(scope="session")
+def make_namespace(node: None) -> Iterator[Callable[[str], Namespace]]:
+    """Make further namespaces, which are removed at the end."""
+    made: list[Namespace] = []
+
+    def make(name: str) -> Namespace:
+        made.append(Namespace(name))
+        return made[-1]
+
+    yield make
+    for namespace in made:
+        namespace.remove()
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    return wait_until
 
 
 @pytest.fixture
