@@ -1,4 +1,4 @@
-"""Every reason why a job cannot begin, provoked on the real node: told at once, and given up at the deadline with nothing left."""
+"""Every reason why a job cannot begin, provoked on the real node: told at once, given up at the deadline, nothing left."""
 
 import json
 import subprocess
