@@ -83,6 +83,7 @@ class Objects:
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
                 "labels": labels,
+                "creationTimestamp": "2026-01-01T00:00:00Z",
                 **metadata,
             },
             "status": status or {},
@@ -101,6 +102,7 @@ class Objects:
         status: dict[str, Any] | None = None,
         **metadata: Any,
     ) -> dict[str, Any]:
+        _, run, attempt = child.rsplit("-", 2)
         return {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -109,7 +111,7 @@ class Objects:
                 "namespace": namespace,
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
-                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", attempt=1),
+                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt)),
                 "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": child, "uid": "j", "controller": True}],
                 **metadata,
             },
@@ -118,12 +120,12 @@ class Objects:
         }
 
 
-def _labels(job: str, *, job_uid: str, attempt: int) -> dict[str, str]:
+def _labels(job: str, *, job_uid: str, run: str = "0a1b2c3d", attempt: int) -> dict[str, str]:
     return {
         "app.kubernetes.io/managed-by": "finetune-operator",
         "finetune.dev/job": job,
         "finetune.dev/job-uid": job_uid,
-        "finetune.dev/run": "0a1b2c3d",
+        "finetune.dev/run": run,
         "finetune.dev/attempt": str(attempt),
         "finetune.dev/pod-shape": "5e6f7a8b",
     }

@@ -17,9 +17,9 @@ from finetune_api.v1alpha1 import (
     ResultMetric,
     TrainerStatus,
 )
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodView, ReceivedReport
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
 from finetune_operator.outcome import EventType, Outcome
-from finetune_operator.reconcile import build_refused_status, reconcile
+from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 
 _START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -50,7 +50,9 @@ class World:
     generation: int = 1
     children: dict[str, ChildView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
+    former_pods: dict[str, PodView] = field(default_factory=dict)
     report: ReceivedReport | None = None
+    refusal: PodRefusal | None = None
     now: datetime = _START
     events: list[tuple[str, str]] = field(default_factory=list)
 
@@ -70,7 +72,13 @@ class World:
 
     @property
     def observed(self) -> Observed:
-        return Observed(children=tuple(self.children.values()), pods=tuple(self.pods.values()), report=self.report)
+        return Observed(
+            children=tuple(self.children.values()),
+            pods=tuple(self.pods.values()),
+            former_pods=tuple(self.former_pods.values()),
+            report=self.report,
+            refusal=self.refusal,
+        )
 
     @property
     def state(self) -> str:
@@ -84,11 +92,17 @@ class World:
     def reconcile(self) -> Outcome:
         return reconcile(self.job, self.observed, now=self.now, settings=_SETTINGS)
 
+    def refuse(self, message: str) -> Outcome:
+        """Let the API server refuse the child that the decision wants."""
+        (manifest,) = self.reconcile().apply
+        name = manifest["metadata"]["name"]
+        return refuse(self.job, self.observed, child=name, message=message, now=self.now, settings=_SETTINGS)
+
     def settle(self) -> "World":
         """Reconcile and carry out, until nothing is left to do but wait."""
         for _ in range(10):
             outcome = self.reconcile()
-            if outcome == replace(Outcome(), requeue_after=outcome.requeue_after):
+            if outcome == replace(Outcome(), requeue_after=outcome.requeue_after, inspect=outcome.inspect):
                 return self
             self.carry_out(outcome)
         raise AssertionError("the decision never comes to rest")
@@ -112,6 +126,7 @@ class World:
                 state=ChildState.ACTIVE,
                 reason="",
                 message="",
+                created_at=self.now,
                 finished_at=None,
             )
         self.status = outcome.status or self.status
@@ -134,6 +149,8 @@ class World:
             uid="p",
             resource_version="1",
             child=child.name,
+            run=child.run,
+            attempt=child.attempt,
             phase="Pending",
             node="n1",
             deleting=False,
@@ -201,7 +218,7 @@ def test_one_child_is_created_and_then_nothing_more() -> None:
     world = World().settle()
 
     assert 1 == len(world.children)
-    assert Outcome() == world.reconcile()
+    assert Outcome(requeue_after=2) == world.reconcile(), "it only looks again whether there is a pod"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +310,7 @@ def test_an_ended_job_waits_for_its_pods_evidence_then_does_without() -> None:
         pytest.param(65, None, "Error", "InvalidData", "Failed", id="invalid data"),
         pytest.param(78, None, "Error", "ModelNotFound", "Failed", id="missing model"),
         pytest.param(70, None, "Error", "Diverged", "Retrying", id="diverged"),
-        pytest.param(75, None, "Error", "Preempted", "Retrying", id="preempted"),
+        pytest.param(75, None, "Error", "Interrupted", "Retrying", id="interrupted"),
         pytest.param(137, None, "OOMKilled", "OOMKilled", "Retrying", id="out of memory"),
         pytest.param(1, "Traceback: boom", "Error", "TrainerError", "Retrying", id="crash"),
         pytest.param(
@@ -526,12 +543,14 @@ def test_an_unreadable_spec_stalls_and_touches_nothing() -> None:
 def test_a_refused_child_is_shown_as_pending_with_the_reason() -> None:
     world = World()
 
-    status = build_refused_status(world.job, world.observed, reason="Forbidden", message="exceeded quota", now=world.now)
+    outcome = world.refuse("jobs is forbidden: exceeded quota: team")
 
-    ready = find_condition(status.conditions, "Ready")
+    assert outcome.status is not None
+    ready = find_condition(outcome.status.conditions, "Ready")
     assert ready is not None
-    assert ("Forbidden", "exceeded quota") == (ready.reason, ready.message)
-    assert not is_true(status.conditions, "Failed")
+    assert "QuotaExceeded" == ready.reason
+    assert "exceeded quota: team" in ready.message
+    assert not is_true(outcome.status.conditions, "Failed")
 
 
 def test_warnings_are_only_for_bad_news() -> None:
