@@ -6,7 +6,7 @@ builds on it.
 """
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_api import names
 from finetune_api.conditions import find_condition
@@ -19,7 +19,7 @@ from finetune_operator.manifests.job import build_job
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodView
 from finetune_operator.outcome import Outcome
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
-from finetune_operator.policies.failure import NODE_LOST, classify_failure
+from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.pending import explain_pending
 from finetune_operator.policies.progress import describe_metric, find_report, merge_trainer_status
 from finetune_operator.policies.refusal import explain_refusal
@@ -28,15 +28,18 @@ from finetune_operator.policies.usage import begin_running, end_running
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, build_context, without_estimate
+from finetune_operator.waiting import (
+    compute_evidence_delay,
+    explain_overdue,
+    find_overdue,
+    keep_state,
+    wait_for_pods,
+    wait_for_removal,
+    wait_for_start,
+)
 
 DEADLINE = "DeadlineExceeded"
 START_DEADLINE = "StartDeadlineExceeded"
-
-# The kubelet reports a stopped pod within a moment; after this it does not answer.
-_OVERDUE_SECONDS = 5
-# The Job controller creates a pod within a second, or an event that tells why it cannot.
-_INSPECT_SECONDS = 2
-_INSPECT_LIMIT_SECONDS = 60
 
 
 def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: TrainerSettings) -> Outcome:
@@ -62,7 +65,7 @@ def refuse(job: JobView, observed: Observed, *, child: str, message: str, now: d
 def _decide(context: Context) -> Step:
     strangers = tuple(child for child in context.observed.children if child.run != context.run)
     if strangers:
-        return _wait_for_removal(context, strangers, message="the pods of the previous run are being stopped")
+        return wait_for_removal(context, strangers, message="the pods of the previous run are being stopped")
     if context.has_ended(Phase.COMPLETE):
         return _stay(context, Phase.COMPLETE)
     if context.has_ended(Phase.FAILED):
@@ -82,46 +85,30 @@ def _watch(context: Context, current: ChildView) -> Step:
     """Decide on an attempt that is under way."""
     pod = context.find_pod(current.attempt)
     if pod is not None and pod.is_ended:
-        return Step(state=_keep_state(context, current), status=context.status)
+        return Step(state=keep_state(context, current), status=context.status)
     if pod is not None:
         context = replace(context, status=begin_running(context.status, pod))
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     if context.spec.suspend:
-        return _wait_for_removal(context, (current,), message="the pods are being stopped")
+        return wait_for_removal(context, (current,), message="the pods are being stopped")
     if current.pod_shape != compute_pod_shape(context.spec.resources):
-        return _wait_for_removal(context, (current,), message="the pods are being replaced, as spec.resources changed")
+        return wait_for_removal(context, (current,), message="the pods are being replaced, as spec.resources changed")
     if pod is None or pod.phase == "Pending" or pod.started_at is None:
-        return _wait_for_start(context, current, pod=pod)
+        return wait_for_start(context, current, pod=pod)
     return _run(context, current, pod=pod)
 
 
 def _run(context: Context, current: ChildView, *, pod: PodView) -> Step:
     """Show the progress of a running trainer."""
-    overdue, seconds = _find_overdue(context)
+    overdue, seconds = find_overdue(context)
     if overdue is not None:
-        return Step(state=_explain_overdue(overdue), status=without_estimate(context.status))
+        return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
     trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
     metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
     state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in pod {pod.name} on node {pod.node}")
     step = Step(state=state, status=context.update(trainer_status=trainer_status, metric=metric).status)
     return step.wake(seconds, compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
-
-
-def _wait_for_start(context: Context, current: ChildView, *, pod: PodView | None) -> Step:
-    """Tell what an attempt waits for; without a pod, the events of its Job may know."""
-    found = context.observed.refusal
-    refusal = found if found and found.child_uid == current.uid and pod is None else None
-    state = explain_pending(pod, spec=context.spec, refusal=refusal.message if refusal else None, child=current.name)
-    step = Step(state=state, status=without_estimate(context.status))
-    if pod is not None:
-        return step
-    # At 2, 4, 8, 16 ... seconds: the cause may change while a quota or a policy is being mended.
-    checked_at = refusal.checked_at if refusal else current.created_at
-    age = (checked_at - current.created_at).total_seconds()
-    due = checked_at + timedelta(seconds=min(max(_INSPECT_SECONDS, age), _INSPECT_LIMIT_SECONDS))
-    seconds = (due - context.now).total_seconds()
-    return step.wake(seconds) if seconds > 0 else replace(step, inspect=current)
 
 
 def _settle(context: Context, current: ChildView) -> Step:
@@ -133,8 +120,8 @@ def _settle(context: Context, current: ChildView) -> Step:
     report = find_report(context.observed, current, pod=pod)
     if current.state is ChildState.COMPLETE and report and report.output:
         return complete(context, pod=pod, report=report, ended_at=current.finished_at)
-    if (waiting := _evidence_delay(context, current, pod=pod)) > 0:
-        return Step(state=_keep_state(context, current), status=context.status, requeue_after=waiting)
+    if (waiting := compute_evidence_delay(context, current, pod=pod)) > 0:
+        return Step(state=keep_state(context, current), status=context.status, requeue_after=waiting)
     return fail(context, current, verdict=classify_failure(current, pod, report=report, spec=context.spec), pod=pod)
 
 
@@ -146,12 +133,12 @@ def _go_on(context: Context) -> Step:
         if report := find_published(pod):
             return complete(context, pod=pod, report=report, ended_at=None)
         if context.busy_pods:
-            return _wait_for_pods(context)
+            return wait_for_pods(context)
         context = replace(context, status=end_running(context.status, pod, now=context.now)[0])
     if _is_active_deadline_over(context):
         return fail_active_deadline(context, reason=DEADLINE)
     if context.busy_pods:
-        return _wait_for_pods(context)
+        return wait_for_pods(context)
     if context.spec.suspend:
         return _suspended(context)
     failure = context.status.failure
@@ -234,7 +221,7 @@ def _suspended(context: Context) -> Step:
 def _stop_at_deadline(context: Context, current: ChildView) -> Step:
     seconds = context.spec.run_policy.active_deadline_seconds
     message = f"activeDeadlineSeconds {seconds} is reached; the trainer saves its state and is stopped"
-    return _wait_for_removal(context, (current,), message=message, problem=DEADLINE)
+    return wait_for_removal(context, (current,), message=message, problem=DEADLINE)
 
 
 def _wait_for_deletion(context: Context, current: ChildView) -> Step:
@@ -246,47 +233,7 @@ def _wait_for_deletion(context: Context, current: ChildView) -> Step:
         context = replace(context, status=begin_running(context.status, pod))
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
-    return _wait_for_removal(context, (current,), message="the pods of the previous attempt are being stopped")
-
-
-def _wait_for_removal(context: Context, children: tuple[ChildView, ...], *, message: str, problem: str | None = None) -> Step:
-    """Have children deleted, which ends their pods by SIGTERM first, and wait until they are gone."""
-    phase = Phase.SUSPENDING if context.spec.suspend and problem is None else Phase.PENDING
-    state = State(phase=phase, problem=problem, message=message, scheduled=False, is_start=False)
-    overdue, seconds = _find_overdue(context)
-    return Step(
-        state=state if overdue is None else replace(_explain_overdue(overdue), phase=phase, problem=problem or NODE_LOST),
-        status=without_estimate(context.status),
-        delete=tuple(child for child in children if not child.deleting),
-        requeue_after=seconds,
-    )
-
-
-def _wait_for_pods(context: Context) -> Step:
-    """Wait for pods whose Job is gone or has ended, as two trainers must never write to one folder."""
-    pods = ", ".join(pod.name for pod in context.busy_pods)
-    return _wait_for_removal(context, (), message=f"the next attempt waits until pod {pods} has stopped")
-
-
-def _find_overdue(context: Context) -> tuple[PodView | None, float | None]:
-    """Return a pod that should have stopped by now, or in how many seconds one could become such."""
-    dues = sorted(
-        ((pod.deletion_due + timedelta(seconds=_OVERDUE_SECONDS), pod) for pod in context.busy_pods if pod.deletion_due),
-        key=lambda pair: pair[0],
-    )
-    if not dues:
-        return None, None
-    due, pod = dues[0]
-    seconds = (due - context.now).total_seconds()
-    return (pod, None) if seconds <= 0 else (None, seconds)
-
-
-def _explain_overdue(pod: PodView) -> State:
-    message = (
-        f"node {pod.node} does not confirm that pod {pod.name} has stopped, and the next attempt must not write beside it: bring "
-        "the node back, or delete its Node object if the machine is gone"
-    )
-    return State(phase=Phase.PENDING, problem=NODE_LOST, message=message, scheduled=True, is_start=False)
+    return wait_for_removal(context, (current,), message="the pods of the previous attempt are being stopped")
 
 
 def _is_active_deadline_over(context: Context) -> bool:
@@ -301,22 +248,13 @@ def _limit_start(context: Context, step: Step) -> Step:
         return step
     left = compute_start_seconds(context.spec.run_policy, step.status, now=context.now)
     if left == 0:
-        return fail_start_deadline(context, step, reason=START_DEADLINE)
+        return fail_start_deadline(context, _recall_refusal(context, step), reason=START_DEADLINE)
     return step.wake(left)
 
 
-def _keep_state(context: Context, current: ChildView) -> State:
-    """Return Running if that is what is shown: a moment of waiting for evidence is no transition."""
+def _recall_refusal(context: Context, step: Step) -> Step:
+    """Return a step that would create a Job with the state that the last try of it has led to, as that has the cause."""
     ready = find_condition(context.status.conditions, "Ready")
-    if ready is not None and ready.reason == Phase.RUNNING.value:
-        return State(phase=Phase.RUNNING, message=ready.message)
-    message = f"attempt {current.attempt} has ended; waiting for its pod to show how"
-    return State(phase=Phase.PENDING, message=message, scheduled=True, is_start=False)
-
-
-def _evidence_delay(context: Context, child: ChildView, *, pod: PodView | None) -> float:
-    """Return for how long the pod's last status may still be on its way."""
-    if pod is not None and pod.is_ended:
-        return 0
-    elapsed = (context.now - (child.finished_at or context.now)).total_seconds()
-    return max(0.0, context.settings.evidence_seconds - elapsed)
+    if not step.apply or ready is None or ready.reason in set(Phase):
+        return step
+    return replace(step, state=State(phase=Phase.PENDING, problem=ready.reason, message=ready.message, scheduled=False))
