@@ -178,17 +178,16 @@ def _start_attempt(context: Context) -> Step:
 
 
 def _stay_failed(context: Context) -> Step:
-    """Keep a failed run as it is, unless the user gave it other resources or more time."""
-    shape, policy = context.status.pod_shape, context.spec.run_policy
-    shape = context.current.pod_shape if shape is None and context.current else shape
+    """Keep a failed run as it is, unless the user gave it other resources, or more time when that was the cause."""
     ended = find_condition(context.status.conditions, Phase.FAILED.value)
-    if context.spec.suspend:
+    shape = context.status.pod_shape or (context.current.pod_shape if context.current else None)
+    has_new_shape = shape is not None and shape != compute_pod_shape(context.spec.resources)
+    has_time = compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now) != 0
+    if context.spec.suspend or not has_time:
         return _stay(context, Phase.FAILED)
-    if shape is not None and shape != compute_pod_shape(context.spec.resources):
-        return _revive(context.update(active_seconds=0, micro_batch_divisor=1))
-    if ended and ended.reason == DEADLINE and compute_active_seconds_left(policy, context.status, now=context.now) != 0:
-        return _revive(context)
-    return _stay(context, Phase.FAILED)
+    if has_new_shape:
+        return _revive(context.update(micro_batch_divisor=1))
+    return _revive(context) if ended and ended.reason == DEADLINE else _stay(context, Phase.FAILED)
 
 
 def _revive(context: Context) -> Step:

@@ -134,6 +134,7 @@ class World:
         for manifest in outcome.apply:
             if next(done, None) is None:
                 return
+            assert not [pod for pod in self.pods.values() if not pod.is_ended], "two trainers would write to one folder"
             self.manifests.append(manifest)
             labels = manifest["metadata"]["labels"]
             name = manifest["metadata"]["name"]
@@ -156,6 +157,12 @@ class World:
             return
         self.status = outcome.status or self.status
         self.events += [(note.type.value, note.reason) for note in outcome.events]
+
+    def kill(self, outcome: Outcome, *, writes: int) -> "World":
+        """Kill the operator after some writes of a decision: all that it remembered of what is gone, is lost."""
+        self.carry_out(outcome, writes=writes)
+        self.former_pods, self.report, self.refusal = {}, None, None
+        return self
 
     def wait(self, seconds: float) -> "World":
         self.now += timedelta(seconds=seconds)
@@ -213,9 +220,13 @@ class World:
 
     def exit(self, code: int, **fields: Any) -> "World":
         """Let the newest attempt end."""
+        return self.exit_unseen(code, **fields).settle()
+
+    def exit_unseen(self, code: int, **fields: Any) -> "World":
+        """Let the newest attempt end before the operator has a look."""
         self.end(code, **fields)
         self.finish(ChildState.COMPLETE if code == 0 else ChildState.FAILED)
-        return self.settle()
+        return self
 
     def disrupt(self, code: int = 75, *, message: TrainerReport | None = None) -> "World":
         """Evict the pod of the newest attempt; it is gone before its Job fails."""
