@@ -293,3 +293,69 @@ async def test_pause_that_the_decision_asks_for_is_kept(bench: Bench) -> None:
 
 def _format(now: float) -> str:
     return datetime.fromtimestamp(now, tz=UTC).isoformat()
+
+
+async def test_events_of_a_job_without_a_pod_are_read_and_told(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    await bench.wake()  # as the watch shows the child
+    child = next(iter(bench.store.children))
+    bench.cluster.refusals["team", child.uid] = ["exceeded quota: old", 'violates PodSecurity "restricted"']
+    bench.now += 2
+    requests = await bench.work()
+
+    assert ["refusals", "status"] == [each.split()[0] for each in requests]
+    assert "PodSecurityViolation" == bench.state
+
+
+@pytest.mark.parametrize("error", [_refused("events is forbidden"), ApiError("boom", status=500, reason="InternalError")])
+async def test_events_that_cannot_be_read_cost_the_cause_and_nothing_else(bench: Bench, error: ApiError) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    await bench.wake()  # as the watch shows the child
+    bench.cluster.failures["refusals"] = [error]
+    bench.now += 2
+    requests = await bench.work()
+
+    assert ["refusals"] == [each.split()[0] for each in requests]
+    assert {"success"} == set(bench.results())
+    assert await bench.work() == []  # not again before its time
+
+
+async def test_refused_child_is_given_up_at_its_deadline(bench: Bench) -> None:
+    spec = bench.objects.job()["spec"] | {"runPolicy": {"startDeadlineSeconds": 30}}
+    bench.show(bench.objects.job(spec=spec))
+    bench.cluster.failures["apply"] = [_refused('jobs.batch "x" is forbidden: exceeded quota: q') for _ in range(100)]
+    await bench.wake()
+    begin, requests = bench.now, []
+    while bench.state != "Failed" and bench.now < begin + 60:
+        bench.now += 0.5
+        requests += await bench.work()
+
+    assert begin + 30 == bench.now
+    assert 15 > len(requests), "the API server is asked ever more rarely"
+    assert "emoji Failed" in bench.events
+    bench.now += 1000
+    assert not any(each.startswith("apply") for each in await bench.work())
+
+
+async def test_lost_time_and_retries_are_counted_by_cause(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    ended = {"terminated": {"exitCode": 137, "startedAt": _format(bench.now), "finishedAt": _format(bench.now + 7)}}
+    status = {
+        "phase": "Failed",
+        "containerStatuses": [{"name": "trainer", "state": ended}],
+        "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}],
+    }
+    bench.show(bench.objects.pod(child=child.name, status=status), Kind.POD)
+    failed = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": _format(bench.now + 7)}]}
+    bench.show(bench.cluster.objects[Kind.JOB, child.key] | {"status": failed}, Kind.JOB)
+    bench.now += 7
+    requests = await bench.wake()
+    page = generate_latest(bench.metrics.registry).decode()
+
+    assert ["status", "apply", "status"] == [each.split()[0] for each in requests]
+    assert 'finetune_lost_seconds_total{cause="disruption"} 7.0' in page
+    assert 'finetune_job_retries_total{cause="disruption"} 1.0' in page
