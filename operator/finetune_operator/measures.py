@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from finetune_api.v1alpha1 import FineTuneJobStatus, Restart
+from finetune_api.v1alpha1 import FineTuneJobStatus
 
 from finetune_operator.metrics import END_SECONDS, ENDS, LOST_SECONDS, RETRIES, START_SECONDS, Metrics
 from finetune_operator.observed import JobView
@@ -24,16 +24,15 @@ def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, create
 
 
 def _measure_restart(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
-    restart = new.restart_history[-1] if new.restarts > old.restarts else None
-    if restart is not None:
-        metrics.count(RETRIES, cause=_find_cause(restart))
+    failure = new.failure if new.failure != old.failure else None
+    cause = _find_cause(failure.reason) if failure else "stop"
+    if failure is not None and new.restarts > old.restarts:
+        metrics.count(RETRIES, cause=cause)
     if (lost := new.lost_seconds - old.lost_seconds) > 0:
-        is_failure = new.failure is not None and new.failure != old.failure
-        cause = _find_cause(restart) if restart else "error" if is_failure else "stop"
         metrics.count(LOST_SECONDS, lost, cause=cause)
 
 
-def _find_cause(restart: Restart) -> str:
-    if restart.reason == OUT_OF_MEMORY:
+def _find_cause(reason: str) -> str:
+    if reason == OUT_OF_MEMORY:
         return "oom"
-    return "disruption" if is_disruption(restart.reason) else "error"
+    return "disruption" if is_disruption(reason) else "error"

@@ -94,21 +94,21 @@ def _watch(context: Context, current: ChildView) -> Step:
         return wait_for_removal(context, (current,), message="the pods are being stopped")
     if current.pod_shape != compute_pod_shape(context.spec.resources):
         return wait_for_removal(context, (current,), message="the pods are being replaced, as spec.resources changed")
+    overdue, seconds = find_overdue(context)
+    if overdue is not None:
+        return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
     if pod is None or pod.phase == "Pending" or pod.started_at is None:
-        return wait_for_start(context, current, pod=pod)
-    return _run(context, current, pod=pod)
+        return wait_for_start(context, current, pod=pod).wake(seconds)
+    return _run(context, current, pod=pod).wake(seconds)
 
 
 def _run(context: Context, current: ChildView, *, pod: PodView) -> Step:
     """Show the progress of a running trainer."""
-    overdue, seconds = find_overdue(context)
-    if overdue is not None:
-        return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
     trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
     metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
     state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in pod {pod.name} on node {pod.node}")
     step = Step(state=state, status=context.update(trainer_status=trainer_status, metric=metric).status)
-    return step.wake(seconds, compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
+    return step.wake(compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
 
 
 def _settle(context: Context, current: ChildView) -> Step:
@@ -118,7 +118,8 @@ def _settle(context: Context, current: ChildView) -> Step:
         return _go_on(context)
     pod = context.find_pod(current.attempt)
     report = find_report(context.observed, current, pod=pod)
-    if current.state is ChildState.COMPLETE and report and report.output:
+    is_published = current.state is ChildState.COMPLETE or find_published(pod) is not None
+    if is_published and report and report.output:
         return complete(context, pod=pod, report=report, ended_at=current.finished_at)
     if (waiting := compute_evidence_delay(context, current, pod=pod)) > 0:
         return Step(state=keep_state(context, current), status=context.status, requeue_after=waiting)

@@ -1,6 +1,7 @@
 """Project what the API server sends into slim records, and records into the views that decisions are made on (pure)."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -152,16 +153,16 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         deletion_due=_parse_time(metadata.get("deletionTimestamp")),
         image=_find_container(spec.get("containers")).get("image", ""),
         scheduled=placement.get("status") == "True",
-        unscheduled_reason=placement.get("reason") if is_unscheduled else None,
+        unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
         unscheduled_message=placement.get("message") if is_unscheduled else None,
-        waiting_reason=waiting.get("reason"),
+        waiting_reason=_parse_reason(waiting.get("reason")),
         waiting_message=waiting.get("message"),
         started_at=_parse_time(started_at),
         finished_at=_parse_time(terminated.get("finishedAt")),
         exit_code=terminated.get("exitCode"),
         termination_reason=terminated.get("reason"),
         termination_message=terminated.get("message"),
-        pod_reason=status.get("reason"),
+        pod_reason=_parse_reason(status.get("reason")),
         pod_message=status.get("message"),
         disruption_reason=(disruption.get("reason") or "DisruptionTarget") if is_disrupted else None,
         disruption_message=disruption.get("message") if is_disrupted else None,
@@ -244,6 +245,11 @@ def _list_controllers(metadata: RawObject) -> Iterator[str]:
 def _parse_attempt(labels: Mapping[str, str]) -> int:
     attempt = labels.get(names.LABEL_ATTEMPT, "")
     return int(attempt) if attempt.isdecimal() else 0
+
+
+def _parse_reason(value: str | None) -> str | None:
+    """Return a reason that a condition may have as well: the kubelet's OutOfnvidia.com/gpu may not be one."""
+    return re.sub("[^A-Za-z0-9]", "", value) or None if value else None
 
 
 def _parse_time(value: str | None) -> datetime | None:

@@ -12,7 +12,7 @@ from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, without_estimate
 
 # The kubelet reports a stopped pod within a moment; after this it does not answer.
-_OVERDUE_SECONDS = 5
+_OVERDUE_SECONDS = 10
 # The Job controller creates a pod within a second, or an event that tells why it cannot.
 _INSPECT_SECONDS = 2
 _INSPECT_LIMIT_SECONDS = 60

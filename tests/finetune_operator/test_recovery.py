@@ -122,8 +122,8 @@ def test_no_attempt_begins_beside_a_pod_that_does_not_stop() -> None:
     assert ("Pending", {}) == (world.state, world.children)
     assert stuck.name in world.message
 
-    assert 65 == world.reconcile().requeue_after
-    world.wait(65).settle()
+    assert 70 == world.reconcile().requeue_after
+    world.wait(70).settle()
     assert ("NodeLost", {}) == (world.state, world.children)
     assert "node n1" in world.message
 
@@ -147,9 +147,9 @@ def test_no_attempt_begins_beside_a_pod_of_an_earlier_run() -> None:
 
 def test_running_trainer_on_a_node_that_does_not_answer_is_shown_as_lost() -> None:
     world = _policy().run().pod(deleting=True, deletion_due=World().now + timedelta(seconds=30)).settle()
-    assert ("Running", 35) == (world.state, world.reconcile().requeue_after)
+    assert ("Running", 40) == (world.state, world.reconcile().requeue_after)
 
-    world.wait(35).settle()
+    world.wait(40).settle()
 
     assert "NodeLost" == world.state
     assert 1 == len(world.manifests)
@@ -430,3 +430,18 @@ def test_refusal_is_over_when_there_is_a_pod() -> None:
     world.pod(node="n1").settle()
 
     assert ("Pending", None) == (world.state, world.reconcile().inspect)
+
+
+def test_model_that_is_published_while_the_pod_is_evicted_counts() -> None:
+    world = _policy().run()
+    world.end(0, message=PUBLISHED, deleting=True, disruption_reason="EvictionByEvictionAPI").pod(phase="Failed")
+    world.finish(ChildState.FAILED)
+    world.settle()
+
+    assert ("Complete", 0) == (world.state, world.status.restarts)
+
+
+def test_pod_that_never_started_on_a_node_that_does_not_answer_is_shown_as_lost() -> None:
+    world = _policy().pod(deleting=True, deletion_due=World().now).settle().wait(10).settle()
+
+    assert "NodeLost" == world.state

@@ -226,3 +226,14 @@ def test_pod_knows_its_attempt_and_when_it_must_have_stopped(objects: Any) -> No
     assert record is not None
     assert ("0a1b2c3d", 3) == (record.content.run, record.content.attempt)
     assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == record.content.deletion_due
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("OutOfnvidia.com/gpu", "OutOfnvidiacomgpu"), ("Evicted", "Evicted"), ("", None), ("-", None), (None, None)],
+)
+def test_reason_of_a_pod_can_be_that_of_a_condition(objects: Any, reason: str | None, expected: str | None) -> None:
+    record = project_pod(objects.pod(status={"phase": "Failed", "reason": reason}))
+
+    assert record is not None
+    assert expected == record.content.pod_reason
