@@ -70,6 +70,11 @@ def _decide(context: Context) -> Step:
         return _stay(context, Phase.COMPLETE)
     if context.has_ended(Phase.FAILED):
         return _stay_failed(context)
+    return _attend(context)
+
+
+def _attend(context: Context) -> Step:
+    """Decide on the newest attempt of a run that has not ended."""
     current = context.current
     if current is None or current.attempt < context.status.attempt:
         return _go_on(context)
@@ -193,11 +198,14 @@ def _stay_failed(context: Context) -> Step:
 
 def _revive(context: Context) -> Step:
     """Start a failed run again, with all its retries, as soon as nothing is left of its last attempt that could still write."""
+    revived = context.update(restarts=0, restarts_counted_towards_limit=0, failure=None, completion_time=None)
+    current = context.current
+    if current is not None and current.attempt > context.status.attempt:
+        # It was started already, by an operator that was killed before it wrote that.
+        return _attend(revived)
     if context.busy_pods or any(child.state is ChildState.ACTIVE for child in context.attempts):
         return _stay(context, Phase.FAILED)
-    attempt = max(context.status.attempt, context.current.attempt if context.current else 0)
-    context = context.update(attempt=attempt, restarts=0, restarts_counted_towards_limit=0, failure=None, completion_time=None)
-    return _start_attempt(context)
+    return _start_attempt(revived)
 
 
 def _stay(context: Context, phase: Phase) -> Step:

@@ -445,3 +445,15 @@ def test_pod_that_never_started_on_a_node_that_does_not_answer_is_shown_as_lost(
     world = _policy().pod(deleting=True, deletion_due=World().now).settle().wait(10).settle()
 
     assert "NodeLost" == world.state
+
+
+@pytest.mark.parametrize("policy", [{"backoffLimit": 0}, {"ttlSecondsAfterFinished": 0, "backoffLimit": 0}])
+def test_revived_run_goes_on_though_the_operator_is_killed_before_it_writes_that(policy: dict[str, Any]) -> None:
+    world = _policy(**policy).run().exit(137, reason="OOMKilled").collect()
+    world.change(resources={"cpu": "2", "memory": "8Gi"})
+
+    world.kill(world.reconcile(), writes=1).settle()
+    assert ("Pending", 2, 0) == (world.state, world.status.attempt, world.status.restarts)
+    world.run().wait(5).exit(0, message=PUBLISHED)
+
+    assert ("Complete", 2) == (world.state, len(world.manifests))
