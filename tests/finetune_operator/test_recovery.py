@@ -457,3 +457,20 @@ def test_revived_run_goes_on_though_the_operator_is_killed_before_it_writes_that
     world.run().wait(5).exit(0, message=PUBLISHED)
 
     assert ("Complete", 2) == (world.state, len(world.manifests))
+
+
+def test_model_that_is_published_while_its_job_is_deleted_counts_at_once() -> None:
+    world = _policy().change(suspend=True).settle()
+
+    world.end(0, message=PUBLISHED, deleting=True, started_at=world.now).settle()
+
+    assert "Complete" == world.state
+
+
+def test_suspended_failed_run_stays_until_it_is_resumed() -> None:
+    world = _policy(backoffLimit=0).run().exit(1).change(suspend=True, resources={"memory": "8Gi"}).settle()
+    assert "Failed" == world.state
+
+    world.change(suspend=False).settle()
+
+    assert ("Pending", 2) == (world.state, world.status.attempt)
