@@ -141,6 +141,16 @@ class Cluster:
                 return Listing(version=int(chunk["metadata"]["resourceVersion"]), objects=objects)
             query = query | {"continue": token}
 
+    async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
+        """Return why the Job controller could not create pods for the Job of this uid, the latest last.
+
+        Its events are the one place that tells of it.
+        """
+        query = {"fieldSelector": f"regarding.uid={uid},reason=FailedCreate", "limit": str(_CHUNK)}
+        found = await self._request("list", f"{_EVENTS}/namespaces/{namespace}/events", resource="events", query=query)
+        events = sorted(found.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
+        return tuple(event.get("note") or "" for event in events)
+
     async def create_event(self, namespace: str, event: RawObject) -> None:
         """Create an events.k8s.io/v1 Event."""
         await self._request("create", f"{_EVENTS}/namespaces/{namespace}/events", resource="events", body=event)

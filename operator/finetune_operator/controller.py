@@ -10,11 +10,12 @@ from typing import Protocol
 from finetune_api.v1alpha1 import FineTuneJobStatus
 
 from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError
-from finetune_operator.metrics import END_SECONDS, ENDS, RECONCILE_SECONDS, RECONCILES, RETRIES, START_SECONDS, Metrics
-from finetune_operator.observed import JobView, Observed
-from finetune_operator.outcome import Deletion, EventNote, EventType, Outcome
+from finetune_operator.measures import measure
+from finetune_operator.metrics import RECONCILE_SECONDS, RECONCILES, Metrics
+from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal
+from finetune_operator.outcome import Deletion, EventNote, Outcome
 from finetune_operator.queue import QueueClosedError, WorkQueue
-from finetune_operator.reconcile import build_refused_status, reconcile
+from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.store import Store
 from finetune_operator.views import Key, Kind, RawObject
@@ -36,6 +37,9 @@ class ClusterWriter(Protocol):
 
     async def get(self, kind: Kind, key: Key) -> RawObject:
         """Return an object as the API server has it at this time."""
+
+    async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
+        """Return why no pods could be created for a Job, the latest last."""
 
 
 class EventRecorder(Protocol):
@@ -111,13 +115,12 @@ class Controller:
         try:
             await self._apply(job, outcome)
         except RefusedError as error:
-            await self._report_refusal(job, observed, error=error)
-            self._queue.retry(key)
+            await self._report_refusal(job, observed, outcome, error=error)
             return "refused"
         await self._conclude(job, outcome)
         self._queue.forget(key)
-        if outcome.requeue_after is not None:
-            self._queue.add_after(key, outcome.requeue_after)
+        if outcome.inspect is not None:
+            await self._inspect(job, outcome.inspect)
         return "success"
 
     async def _delete(self, job: JobView, deletion: Deletion) -> None:
@@ -168,9 +171,12 @@ class Controller:
         if outcome.status is not None:
             if not await self._write_status(job, outcome.status):
                 return
-            self._measure(job, outcome.status)
+            record = self._store.jobs.find(job.key)
+            measure(self._metrics, job, outcome.status, created_at=record.content.created_at if record else None)
         for note in outcome.events:
             self._recorder.record(job, note)
+        if outcome.requeue_after is not None:
+            self._queue.add_after(job.key, outcome.requeue_after)
 
     async def _write_status(self, job: JobView, status: FineTuneJobStatus) -> bool:
         """Write the status and return True, or look at the job anew when it is not what the status was derived from."""
@@ -188,32 +194,21 @@ class Controller:
         except NotFoundError:
             self._store.purge(Kind.FINETUNEJOB, (job.uid,))
 
-    async def _report_refusal(self, job: JobView, observed: Observed, *, error: RefusedError) -> None:
+    async def _report_refusal(self, job: JobView, observed: Observed, outcome: Outcome, *, error: RefusedError) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
-        reason, message = _explain_refusal(error)
-        status = build_refused_status(job, observed, reason=reason, message=message, now=self._clock())
-        logger.warning("the API server refuses a Job for %s/%s: %s", *job.key, error)
-        if status != job.status and await self._write_status(job, status):
-            self._recorder.record(job, EventNote(type=EventType.WARNING, reason=reason, action="Create", message=message))
+        child = outcome.apply[0]["metadata"]["name"]
+        logger.warning("the API server refuses Job %s/%s: %s", job.namespace, child, error)
+        refused = refuse(job, observed, child=child, message=error.message, now=self._clock(), settings=self._settings)
+        await self._conclude(job, refused)
+        self._queue.retry(job.key)
 
-    def _measure(self, job: JobView, status: FineTuneJobStatus) -> None:
-        """Add what a status write tells to the metrics; a restart of the operator repeats no status write."""
-        if status.run == job.status.run and status.restarts > job.status.restarts:
-            self._metrics.count(RETRIES)
-        record = self._store.jobs.find(job.key)
-        # After a change of the spec, the time since the creation means nothing.
-        if record is None or job.generation != 1:
-            return
-        created_at = record.content.created_at
-        if status.start_time and job.status.start_time is None:
-            self._metrics.observe(START_SECONDS, (status.start_time - created_at).total_seconds())
-        ready = next((each.reason for each in status.conditions if each.type == "Ready"), "")
-        if status.completion_time and job.status.completion_time is None and ready in ENDS:
-            self._metrics.observe(END_SECONDS, (status.completion_time - created_at).total_seconds(), result=ready)
-
-
-def _explain_refusal(error: RefusedError) -> tuple[str, str]:
-    """Return the reason and the message for a refused child."""
-    if "exceeded quota" in error.message:
-        return "QuotaExceeded", error.message
-    return ("Forbidden" if error.status == 403 else "InvalidJob"), error.message
+    async def _inspect(self, job: JobView, child: ChildView) -> None:
+        """Look why a Job has no pod; what is found is evidence for the next decision."""
+        try:
+            found = await self._cluster.list_refusals(job.namespace, child.uid)
+        except ApiError as error:
+            logger.warning("cannot read the events of Job %s/%s: %s", job.namespace, child.name, error)
+            found = ()
+        message = found[-1] if found else None
+        self._store.put_refusal(job.key, PodRefusal(child_uid=child.uid, checked_at=self._clock(), message=message))
+        self._queue.add(job.key)

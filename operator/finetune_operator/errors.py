@@ -6,7 +6,7 @@ OperatorError
     ApiError            the API server answered with an error, or not at all
         NotFoundError       404
         ConflictError       409
-        RefusedError        400, 403, 422: the same request will be refused again until somebody changes something
+        RefusedError        400, 403, 422, a webhook that does not answer: refused again until somebody changes something
         UnauthorizedError   401 after the credentials were loaded again
 """
 
@@ -64,4 +64,5 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 
 def build_api_error(status: int, *, reason: str, message: str) -> ApiError:
     """Return the error for an HTTP status."""
-    return _BY_STATUS.get(status, ApiError)(message, status=status, reason=reason)
+    kind = RefusedError if "failed calling webhook" in message else _BY_STATUS.get(status, ApiError)
+    return kind(message, status=status, reason=reason)

@@ -24,6 +24,7 @@ REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "m
 EVENTS = ("created", "repeated", "dropped", "error")
 AUDITS = ("clean", "repaired", "deaf", "error")
 ENDS = ("Complete", "Failed")
+CAUSES = ("disruption", "oom", "error", "stop")
 KINDS = tuple(kind.value for kind in Kind)
 
 _WORK_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -76,7 +77,17 @@ API_REQUESTS = Definition(
     labels={"verb": VERBS, "resource": RESOURCES, "code": CODES},
 )
 RETRIES = Definition(
-    type="counter", name="finetune_job_retries_total", help="Number of failed attempts that were followed by a retry."
+    type="counter",
+    name="finetune_job_retries_total",
+    help="Number of failed attempts that were followed by a retry, by cause: disruptions do not count towards backoffLimit.",
+    labels={"cause": CAUSES[:-1]},
+)
+LOST_SECONDS = Definition(
+    type="counter",
+    name="finetune_lost_seconds_total",
+    help="Running time between the last checkpoint of an attempt and its early end, by cause, where stop is a suspension, a "
+    "replacement or a deletion of its Job.",
+    labels={"cause": CAUSES},
 )
 START_SECONDS = Definition(
     type="histogram",
@@ -123,8 +134,8 @@ AUDIT_PURGES = Definition(
 )
 
 DEFINITIONS = (
-    JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, START_SECONDS, END_SECONDS,
-    REPORTS_RECEIVED, WATCH_EVENTS, EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
+    JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, LOST_SECONDS, START_SECONDS,
+    END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS, EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
 )  # fmt: skip
 
 
@@ -145,11 +156,11 @@ class Metrics:
         assert isinstance(gauge, Gauge)
         gauge.set_function(count_keys)
 
-    def count(self, definition: Definition, **labels: str) -> None:
-        """Count one case of a counter. Label values outside the closed set are a mistake of ours."""
+    def count(self, definition: Definition, amount: float = 1, **labels: str) -> None:
+        """Count one case of a counter, or an amount. Label values outside the closed set are a mistake of ours."""
         metric = self._metrics[definition.name]
         assert isinstance(metric, Counter)
-        _child(metric, definition, labels).inc()
+        _child(metric, definition, labels).inc(amount)
 
     def observe(self, definition: Definition, value: float, **labels: str) -> None:
         """Add a measured value to a histogram."""

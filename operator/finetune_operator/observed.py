@@ -50,6 +50,7 @@ class ChildView:
     state: ChildState
     reason: str
     message: str
+    created_at: datetime
     finished_at: datetime | None
 
 
@@ -62,9 +63,13 @@ class PodView:
     resource_version: str
     child: str
     """Name of the child Job."""
+    run: str
+    attempt: int
     phase: str
     node: str | None
     deleting: bool
+    deletion_due: datetime | None = None
+    """When the pod must have stopped at the latest, if it is being deleted: the grace period is over then."""
     image: str
     scheduled: bool
     unscheduled_reason: str | None
@@ -81,6 +86,24 @@ class PodView:
     pod_reason: str | None
     """`status.reason` of the pod, such as Evicted."""
     pod_message: str | None
+    disruption_reason: str | None = None
+    """Reason of the condition DisruptionTarget: who ended the pod for a cause that is not its own."""
+    disruption_message: str | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        """Return whether the trainer in it has ended, so that it writes nothing any more."""
+        return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRefusal:
+    """What a look at the events of a Job without a pod has found."""
+
+    child_uid: str
+    checked_at: datetime
+    message: str | None
+    """Why the API server refuses the pod, or None if nothing tells of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +122,14 @@ class Observed:
 
     children: tuple[ChildView, ...] = ()
     pods: tuple[PodView, ...] = ()
+    former_pods: tuple[PodView, ...] = ()
+    """Pods that are gone, as they were seen last: how an attempt ended may be known from them alone."""
     report: ReceivedReport | None = None
+    refusal: PodRefusal | None = None
 
-    def pods_of(self, child: ChildView) -> tuple[PodView, ...]:
-        """Return the pods of one attempt."""
-        return tuple(pod for pod in self.pods if pod.child == child.name)
+    def find_pod(self, *, run: str, attempt: int) -> PodView | None:
+        """Return the pod that speaks for an attempt: the one that ended, else one that is there, the newest of them."""
+        found = [(pod.exit_code is not None, True, not pod.deleting, pod.name, pod) for pod in self.pods]
+        found += [(pod.exit_code is not None, False, not pod.deleting, pod.name, pod) for pod in self.former_pods]
+        mine = [each for each in found if (each[-1].run, each[-1].attempt) == (run, attempt)]
+        return max(mine, key=lambda each: each[:-1])[-1] if mine else None

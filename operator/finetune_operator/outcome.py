@@ -6,6 +6,8 @@ from typing import Any
 
 from finetune_api.v1alpha1 import FineTuneJobStatus
 
+from finetune_operator.observed import ChildView
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
@@ -45,5 +47,7 @@ class Outcome:
     status: FineTuneJobStatus | None = None
     """The whole new status, or None when it is unchanged."""
     events: tuple[EventNote, ...] = ()
+    inspect: ChildView | None = None
+    """A child Job that has no pod, whose events may tell why."""
     requeue_after: float | None = None
     """Seconds after which to reconcile again without an event."""

@@ -36,6 +36,8 @@ class State:
     """One CamelCase word for what is wrong, such as Unschedulable, ImagePullBackOff or OOMKilled."""
     scheduled: bool | None = None
     """Whether the pod has a node; None when there is no pod."""
+    is_start: bool = True
+    """Whether a pending state is a part of the attempt's start, for which startDeadlineSeconds is the limit."""
 
     @property
     def reason(self) -> str:

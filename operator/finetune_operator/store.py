@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from finetune_operator.observed import ChildView, JobView, Observed, PodView, ReceivedReport
+from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
 from finetune_operator.views import (
     JobContent,
     Key,
@@ -25,6 +25,9 @@ V = TypeVar("V")
 
 # A late answer to a write must not bring back an object whose deletion was seen; after this many others it no longer comes.
 _MAX_TOMBSTONES = 16_384
+# Last views of deleted pods, by FineTuneJob. One that is forgotten costs a less exact cause of a failure.
+_MAX_FORMER = 1024
+_MAX_FORMER_PODS = 4
 
 
 class Table(Generic[V]):
@@ -63,6 +66,29 @@ class Table(Generic[V]):
                 del self._owned[previous.owner]
 
 
+class FormerPods:
+    """The last views of deleted pods: a pod that was evicted is gone before its Job shows that it failed."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[Key, tuple[Record[PodView], ...]] = OrderedDict()
+
+    def find(self, owner: Key, *, owner_uid: str) -> tuple[PodView, ...]:
+        """Return the deleted pods of a FineTuneJob's latest attempt."""
+        return tuple(each.content for each in self._records.get(owner, ()) if each.owner_uid == owner_uid)
+
+    def put(self, record: Record[PodView]) -> None:
+        """Keep the view of a deleted pod in place of those of other attempts."""
+        kept = self._records.pop(record.owner, ())
+        kept = tuple(each for each in kept if each.content.child == record.content.child and each.uid != record.uid)
+        self._records[record.owner] = (*kept, record)[-_MAX_FORMER_PODS:]
+        while len(self._records) > _MAX_FORMER:
+            self._records.popitem(last=False)
+
+    def drop(self, owner: Key) -> None:
+        """Forget the pods of a FineTuneJob."""
+        self._records.pop(owner, None)
+
+
 class Store:
     """All that was seen of FineTuneJobs, their Jobs, their pods and the reports of those."""
 
@@ -71,7 +97,9 @@ class Store:
         self.children: Table[ChildView] = Table()
         self.pods: Table[PodView] = Table()
         self._tables: dict[Kind, Table[Any]] = {Kind.FINETUNEJOB: self.jobs, Kind.JOB: self.children, Kind.POD: self.pods}
+        self._former_pods = FormerPods()
         self._reports: dict[Key, ReceivedReport] = {}
+        self._refusals: dict[Key, PodRefusal] = {}
         self._states: Counter[str] = Counter()
         self._tombstones: OrderedDict[str, int] = OrderedDict()
 
@@ -82,6 +110,8 @@ class Store:
             return None
         previous = self._tables[kind].find(record.key)
         if is_deleted:
+            if kind is Kind.POD:
+                self._former_pods.put(record)
             self._remove(kind, record.uid, key=record.key, version=record.version)
         elif not self._is_outdated(record, previous=previous):
             self._put(kind, record)
@@ -96,7 +126,9 @@ class Store:
         observed = Observed(
             children=tuple(each.content for each in self.children.find_owned(key) if each.owner_uid == record.uid),
             pods=tuple(each.content for each in self.pods.find_owned(key) if each.owner_uid == record.uid),
+            former_pods=self._former_pods.find(key, owner_uid=record.uid),
             report=self._reports.get(key),
+            refusal=self._refusals.get(key),
         )
         return build_job_view(record), observed
 
@@ -104,6 +136,11 @@ class Store:
         """Keep the latest report for a FineTuneJob."""
         if self.jobs.find(key) is not None:
             self._reports[key] = report
+
+    def put_refusal(self, key: Key, refusal: PodRefusal) -> None:
+        """Keep what the latest look at the events of a FineTuneJob's Job has found."""
+        if self.jobs.find(key) is not None:
+            self._refusals[key] = refusal
 
     def list_keys(self) -> list[Key]:
         """Return the keys of all FineTuneJobs."""
@@ -123,6 +160,8 @@ class Store:
         gone = frozenset(uids)
         records = [record for record in self._tables[kind] if record.uid in gone]
         for record in records:
+            if kind is Kind.POD:
+                self._former_pods.put(record)
             self._remove(kind, record.uid, key=record.key, version=record.version + 1)
         return [record.owner for record in records]
 
@@ -152,6 +191,8 @@ class Store:
         if kind is Kind.FINETUNEJOB:
             self._count(key, -1)
             self._reports.pop(key, None)
+            self._refusals.pop(key, None)
+            self._former_pods.drop(key)
         self._tables[kind].pop(key)
 
     def _count(self, key: Key, change: int) -> None:

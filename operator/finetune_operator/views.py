@@ -1,6 +1,7 @@
 """Project what the API server sends into slim records, and records into the views that decisions are made on (pure)."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -107,7 +108,6 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
-    attempt = labels.get(names.LABEL_ATTEMPT, "")
     status = raw.get("status") or {}
     state, condition = _find_end(status)
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
@@ -116,12 +116,13 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
         run=labels.get(names.LABEL_RUN, ""),
-        attempt=int(attempt) if attempt.isdecimal() else 0,
+        attempt=_parse_attempt(labels),
         pod_shape=labels.get(names.LABEL_POD_SHAPE, ""),
         deleting="deletionTimestamp" in metadata,
         state=state,
         reason=condition.get("reason", ""),
         message=condition.get("message", ""),
+        created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
@@ -133,32 +134,38 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
-    placement = _find_condition(status, "PodScheduled")
+    placement, disruption = _find_condition(status, "PodScheduled"), _find_condition(status, "DisruptionTarget")
     state = _find_container(status.get("containerStatuses")).get("state") or {}
     waiting, terminated = state.get("waiting") or {}, state.get("terminated") or {}
     started_at = (state.get("running") or terminated).get("startedAt")
     is_unscheduled = placement.get("status") == "False"
+    is_disrupted = disruption.get("status") == "True"
     content = PodView(
         name=metadata["name"],
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
         child=_find_controller(metadata),
+        run=labels.get(names.LABEL_RUN, ""),
+        attempt=_parse_attempt(labels),
         phase=status.get("phase", ""),
         node=spec.get("nodeName"),
         deleting="deletionTimestamp" in metadata,
+        deletion_due=_parse_time(metadata.get("deletionTimestamp")),
         image=_find_container(spec.get("containers")).get("image", ""),
         scheduled=placement.get("status") == "True",
-        unscheduled_reason=placement.get("reason") if is_unscheduled else None,
+        unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
         unscheduled_message=placement.get("message") if is_unscheduled else None,
-        waiting_reason=waiting.get("reason"),
+        waiting_reason=_parse_reason(waiting.get("reason")),
         waiting_message=waiting.get("message"),
         started_at=_parse_time(started_at),
         finished_at=_parse_time(terminated.get("finishedAt")),
         exit_code=terminated.get("exitCode"),
         termination_reason=terminated.get("reason"),
         termination_message=terminated.get("message"),
-        pod_reason=status.get("reason"),
+        pod_reason=_parse_reason(status.get("reason")),
         pod_message=status.get("message"),
+        disruption_reason=(disruption.get("reason") or "DisruptionTarget") if is_disrupted else None,
+        disruption_message=disruption.get("message") if is_disrupted else None,
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -233,6 +240,16 @@ def _find_controller(metadata: RawObject) -> str:
 
 def _list_controllers(metadata: RawObject) -> Iterator[str]:
     return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
+
+
+def _parse_attempt(labels: Mapping[str, str]) -> int:
+    attempt = labels.get(names.LABEL_ATTEMPT, "")
+    return int(attempt) if attempt.isdecimal() else 0
+
+
+def _parse_reason(value: str | None) -> str | None:
+    """Return a reason that a condition may have as well: the kubelet's OutOfnvidia.com/gpu may not be one."""
+    return re.sub("[^A-Za-z0-9]", "", value) or None if value else None
 
 
 def _parse_time(value: str | None) -> datetime | None:

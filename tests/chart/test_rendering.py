@@ -32,7 +32,7 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
     ("", "pods"): ["list", "watch"],
-    ("events.k8s.io", "events"): ["create", "patch"],
+    ("events.k8s.io", "events"): ["list", "create", "patch"],
 }
 _CLUSTER_RULES = {("authentication.k8s.io", "tokenreviews"): ["create"]}
 

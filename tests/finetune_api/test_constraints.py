@@ -46,6 +46,19 @@ def _range(path: str, low: float, high: float, *, step: float = 1) -> tuple[Cons
     )
 
 
+_RULES = "spec.runPolicy.failureRules"
+
+
+def _rule(**fields: Any) -> Change:
+    """Return one failure rule, the smallest but for these fields; None removes one."""
+    rule = {"name": "rule", "onExitCodes": [3], "action": "Retry"} | fields
+    return {_RULES: [{key: value for key, value in rule.items() if value is not None}]}
+
+
+def _secret(name: str, *, uri: str = "s3://bucket") -> Change:
+    return {"spec.checkpoint": {"uri": uri, "secretRef": {"name": name}}}
+
+
 _PVC_ACCEPTS = ("pvc://data", "pvc://my-data/a", "pvc://d/A_b.c-d/0/e")
 _PVC_REFUSES = (
     "",
@@ -198,6 +211,57 @@ CONSTRAINTS = (
         "spec.resources.memory", "maxLength", accepts=("999999999Mi",), refuses=("1" * 20 + "G",), says="may not be more than 20"
     ),
     *_range("spec.budget.trainingSeconds", 10, 31_536_000),
+    _field(
+        "spec.checkpoint.uri",
+        "uri must be",
+        accepts=(*_PVC_ACCEPTS, "s3://bucket", "s3://my.bucket-1/a/b.c"),
+        refuses=(
+            *(each for each in _PVC_REFUSES if each != "s3://bucket/data"),
+            "s3://",
+            "s3://ab",
+            "s3://bucket/",
+            "gs://bucket",
+        ),
+        says="uri must be pvc://CLAIM/PATH, a folder in a PersistentVolumeClaim, or s3://BUCKET/PATH",
+    ),
+    _field("spec.checkpoint.uri", "maxLength", accepts=(_LONG,), refuses=(_LONG + "a",), says="may not be more than 512"),
+    *_range("spec.checkpoint.intervalSeconds", 1, 86_400),
+    *_range("spec.checkpoint.keep", 1, 20),
+    Constraint(
+        path="spec.checkpoint.secretRef",
+        keyword="required",
+        accepts=({"spec.checkpoint": {"uri": "s3://bucket", "secretRef": {"name": "keys"}}},),
+        refuses=({"spec.checkpoint": {"uri": "s3://bucket", "secretRef": {}}},),
+        says="spec.checkpoint.secretRef.name: Required value",
+    ),
+    Constraint(
+        path="spec.checkpoint.secretRef.name",
+        keyword="name must be",
+        accepts=(_secret("keys"), _secret("my-keys.v1"), _secret("0")),
+        refuses=(_secret("Keys"), _secret("-keys"), _secret("my keys"), _secret("keys/a")),
+        says="name must be that of a Kubernetes object: lower-case letters, digits, '-' and '.'",
+    ),
+    Constraint(
+        path="spec.checkpoint.secretRef.name",
+        keyword="minLength",
+        accepts=(_secret("k"),),
+        refuses=(_secret(""),),
+        says="should be at least 1 chars long",
+    ),
+    Constraint(
+        path="spec.checkpoint.secretRef.name",
+        keyword="maxLength",
+        accepts=(_secret("k" * 253),),
+        refuses=(_secret("k" * 254),),
+        says="may not be more than 253",
+    ),
+    Constraint(
+        path="spec.checkpoint",
+        keyword="secretRef is set",
+        accepts=(_secret("keys"),),
+        refuses=({"spec.checkpoint": {"secretRef": {"name": "keys"}}}, _secret("keys", uri="pvc://checkpoints")),
+        says="secretRef is set, and uri is not s3://BUCKET/PATH; only object stores need a Secret",
+    ),
     Constraint(
         path="spec.output",
         keyword="required",
@@ -223,6 +287,117 @@ CONSTRAINTS = (
         says="output.uri lies inside dataset.uri",
     ),
     *_range("spec.runPolicy.backoffLimit", 0, 100),
+    *_range("spec.runPolicy.startDeadlineSeconds", 1, 31_536_000),
+    *_range("spec.runPolicy.activeDeadlineSeconds", 1, 31_536_000),
+    *_range("spec.runPolicy.ttlSecondsAfterFinished", 0, 31_536_000),
+    Constraint(
+        path=_RULES,
+        keyword="maxItems",
+        accepts=({_RULES: [_rule(name=f"rule {number}")[_RULES][0] for number in range(16)]},),
+        refuses=({_RULES: [_rule(name=f"rule {number}")[_RULES][0] for number in range(17)]},),
+        says="must have at most 16 items",
+    ),
+    Constraint(
+        path=_RULES,
+        keyword="x-kubernetes-list-type",
+        accepts=({_RULES: [_rule(name=name)[_RULES][0] for name in ("a", "b")]},),
+        refuses=({_RULES: [_rule(name=name)[_RULES][0] for name in ("a", "a")]},),
+        says="Duplicate value",
+        has_model=False,
+    ),
+    Constraint(
+        path=f"{_RULES}[0]",
+        keyword="required",
+        accepts=(_rule(),),
+        refuses=(_rule(name=None), _rule(action=None)),
+        says="Required value",
+    ),
+    Constraint(
+        path=f"{_RULES}[0]",
+        keyword="a failure rule needs",
+        accepts=(_rule(), _rule(onExitCodes=None, onReasons=["OOMKilled"]), _rule(onReasons=["OOMKilled"])),
+        refuses=(_rule(onExitCodes=None), _rule(onExitCodes=[]), _rule(onExitCodes=[], onReasons=[])),
+        says="a failure rule needs onExitCodes or onReasons; without them it would match nothing",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].name",
+        keyword="minLength",
+        accepts=(_rule(name="r"),),
+        refuses=(_rule(name=""),),
+        says="should be at least 1 chars long",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].name",
+        keyword="maxLength",
+        accepts=(_rule(name="r" * 63),),
+        refuses=(_rule(name="r" * 64),),
+        says="may not be more than 63",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].action",
+        keyword="enum",
+        accepts=(_rule(action="Retry"), _rule(action="RetryFree"), _rule(action="Fail")),
+        refuses=(_rule(action="Ignore"), _rule(action=""), _rule(action="retry")),
+        says='supported values: "Retry", "RetryFree", "Fail"',
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onExitCodes",
+        keyword="maxItems",
+        accepts=(_rule(onExitCodes=list(range(1, 33))),),
+        refuses=(_rule(onExitCodes=list(range(1, 34))),),
+        says="must have at most 32 items",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onExitCodes",
+        keyword="x-kubernetes-list-type",
+        accepts=(_rule(onExitCodes=[1, 2]),),
+        refuses=(_rule(onExitCodes=[1, 1]),),
+        says="Duplicate value",
+        has_model=False,
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onExitCodes[0]",
+        keyword="minimum",
+        accepts=(_rule(onExitCodes=[1]),),
+        refuses=(_rule(onExitCodes=[0]), _rule(onExitCodes=[-9])),
+        says="greater than or equal to 1",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onExitCodes[0]",
+        keyword="maximum",
+        accepts=(_rule(onExitCodes=[255]),),
+        refuses=(_rule(onExitCodes=[256]),),
+        says="less than or equal to 255",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onReasons",
+        keyword="maxItems",
+        accepts=(_rule(onReasons=[f"Cause{number}" for number in range(32)]),),
+        refuses=(_rule(onReasons=[f"Cause{number}" for number in range(33)]),),
+        says="must have at most 32 items",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onReasons",
+        keyword="x-kubernetes-list-type",
+        accepts=(_rule(onReasons=["A", "B"]),),
+        refuses=(_rule(onReasons=["A", "A"]),),
+        says="Duplicate value",
+        has_model=False,
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onReasons[0]",
+        keyword="a reason is",
+        accepts=(_rule(onReasons=["OOMKilled"]), _rule(onReasons=["E2"])),
+        refuses=(_rule(onReasons=[""]), _rule(onReasons=["out of memory"]), _rule(onReasons=["oomKilled"])),
+        says="a reason is one CamelCase word, such as OOMKilled",
+    ),
+    Constraint(
+        path=f"{_RULES}[0].onReasons[0]",
+        keyword="maxLength",
+        accepts=(_rule(onReasons=["A" * 64]),),
+        refuses=(_rule(onReasons=["A" * 65]),),
+        says="may not be more than 64",
+    ),
 )
 
 
@@ -251,7 +426,7 @@ def test_models_refuse(constraint: Constraint, change: Change) -> None:
         FineTuneJob.model_validate(build_job(change))
 
     places = {".".join(map(str, each["loc"])) for each in error.value.errors()}
-    assert any(place.startswith(constraint.path) for place in places), places
+    assert any(place.startswith(constraint.path.replace("[0]", ".0")) for place in places), places
 
 
 @pytest.mark.apiserver
@@ -269,7 +444,7 @@ def test_the_api_server_refuses_and_says_what_is_allowed(api: Any, constraint: C
 
     assert 422 == status, answer
     assert constraint.says in answer["message"]
-    assert constraint.path in answer["message"]
+    assert constraint.path.removesuffix("[0]") in answer["message"]
     assert "should match" not in answer["message"], "a person cannot read a regular expression"
 
 
@@ -291,7 +466,7 @@ def _find_text(constraint: Constraint, in_schema: set[tuple[str, str]]) -> str:
 @pytest.mark.apiserver
 def test_the_api_server_refuses_every_wrong_type(api: Any) -> None:
     schema = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    wrong = {"string": 7, "integer": "seven", "number": "seven", "boolean": "yes", "object": "all"}
+    wrong = {"string": 7, "integer": "seven", "number": "seven", "boolean": "yes", "object": "all", "array": "all"}
     for path, kind in _list_types("spec", schema["properties"]["spec"]):
         status, answer = api.request("POST", PATH, build_job({path: wrong[kind]}))
 
@@ -329,8 +504,12 @@ def _list_constraints(path: str, node: dict[str, Any]) -> Iterator[tuple[str, st
     for keyword in ("enum", "minimum", "maximum", "minLength", "maxLength", "pattern", "required", "maxItems", "minItems"):
         if keyword in node:
             yield path, keyword
+    if node.get("x-kubernetes-list-type") in ("set", "map"):
+        yield path, "x-kubernetes-list-type"
     for rule in node.get("x-kubernetes-validations", ()):
         yield path, rule["message"]
+    if "items" in node:
+        yield from _list_constraints(f"{path}[0]", node["items"])
     for name, child in node.get("properties", {}).items():
         if path or name == "spec":
             yield from _list_constraints(f"{path}.{name}".strip("."), child)

@@ -83,6 +83,7 @@ class Objects:
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
                 "labels": labels,
+                "creationTimestamp": "2026-01-01T00:00:00Z",
                 **metadata,
             },
             "status": status or {},
@@ -101,6 +102,7 @@ class Objects:
         status: dict[str, Any] | None = None,
         **metadata: Any,
     ) -> dict[str, Any]:
+        _, run, attempt = child.rsplit("-", 2)
         return {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -109,7 +111,7 @@ class Objects:
                 "namespace": namespace,
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
-                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", attempt=1),
+                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt)),
                 "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": child, "uid": "j", "controller": True}],
                 **metadata,
             },
@@ -118,12 +120,12 @@ class Objects:
         }
 
 
-def _labels(job: str, *, job_uid: str, attempt: int) -> dict[str, str]:
+def _labels(job: str, *, job_uid: str, run: str = "0a1b2c3d", attempt: int) -> dict[str, str]:
     return {
         "app.kubernetes.io/managed-by": "finetune-operator",
         "finetune.dev/job": job,
         "finetune.dev/job-uid": job_uid,
-        "finetune.dev/run": "0a1b2c3d",
+        "finetune.dev/run": run,
         "finetune.dev/attempt": str(attempt),
         "finetune.dev/pod-shape": "5e6f7a8b",
     }
@@ -287,10 +289,18 @@ class Team:
         }
         self._patch_pod(pod, phase="Failed" if exit_code else "Succeeded", state={"terminated": terminated})
 
+    def evict_pod(self, pod: dict[str, Any], exit_code: int = 75, *, message: str = "") -> None:
+        """Evict a pod as `kubectl drain` does, and let its trainer save and leave."""
+        metadata = {"name": pod["metadata"]["name"], "namespace": self.namespace}
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+        self.api.create(self.path("pods", pod["metadata"]["name"]) + "/eviction", eviction)
+        self.end_pod(pod, exit_code, message=message)
+
     def _patch_pod(self, pod: dict[str, Any], *, phase: str, state: dict[str, Any]) -> None:
         container = {"name": "trainer", "image": "trainer:test", "imageID": "", "ready": False, "restartCount": 0, "state": state}
-        scheduled = {"type": "PodScheduled", "status": "True"}
-        status = {"phase": phase, "conditions": [scheduled], "containerStatuses": [container], "startTime": _now()}
+        known = self.api.get(self.path("pods", pod["metadata"]["name"])).get("status", {}).get("conditions", [])
+        conditions = [*(each for each in known if each["type"] != "PodScheduled"), {"type": "PodScheduled", "status": "True"}]
+        status = {"phase": phase, "conditions": conditions, "containerStatuses": [container], "startTime": _now()}
         self.api.patch(self.path("pods", pod["metadata"]["name"]) + "/status", {"status": status})
 
     def create_token(self, pod: dict[str, Any], *, audience: str = "finetune.dev/reports") -> str:
@@ -440,6 +450,18 @@ def writes(requests: Callable[[], list[dict[str, Any]]]) -> Callable[..., list[t
         verbs = {"create", "update", "patch", "delete", "deletecollection"}
         mine = [each for each in requests() if each["user"]["username"] == user and each["verb"] in verbs]
         return [(each["verb"], each["requestURI"]) for each in mine if each["objectRef"].get("name", "").startswith(about)]
+
+    return read
+
+
+@pytest.fixture
+def created(requests: Callable[[], list[dict[str, Any]]]) -> Callable[[Team], list[str]]:
+    """The name of every Job that the team's operator created, in order."""
+
+    def read(team: Team) -> list[str]:
+        user = f"system:serviceaccount:{team.namespace}:operator"
+        mine = [each for each in requests() if each["user"]["username"] == user and each["responseStatus"].get("code") == 201]
+        return [each["objectRef"]["name"] for each in mine if each["objectRef"].get("resource") == "jobs"]
 
     return read
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_api.v1alpha1 import FineTuneJobStatus
 from finetune_operator.controller import Controller
-from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError
+from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError, build_api_error
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote
@@ -28,6 +28,7 @@ class FakeCluster:
 
     objects: dict[tuple[Kind, Key], dict[str, Any]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    refusals: dict[Key, list[str]] = field(default_factory=dict)
     failures: dict[str, list[ApiError]] = field(default_factory=dict)
     versions: "itertools.count[int]" = field(default_factory=lambda: itertools.count(100))
 
@@ -38,7 +39,8 @@ class FakeCluster:
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
         self._note(f"apply {manifest['metadata']['name']}")
-        metadata = manifest["metadata"] | {"uid": f"uid-{manifest['metadata']['name']}"}
+        created = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": "1970-01-01T00:16:40Z"}
+        metadata = manifest["metadata"] | created
         return self.put(Kind.JOB, dict(manifest) | {"metadata": metadata})
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
@@ -59,6 +61,10 @@ class FakeCluster:
     async def get(self, kind: Kind, key: Key) -> RawObject:
         self._note(f"get {key[1]}")
         return await self._find(kind, key)
+
+    async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
+        self._note(f"refusals {uid}")
+        return tuple(self.refusals.get((namespace, uid), ()))
 
     async def _find(self, kind: Kind, key: Key) -> dict[str, Any]:
         if (kind, key) not in self.objects:
@@ -159,11 +165,19 @@ async def test_key_of_a_deleted_job_needs_nothing(bench: Bench) -> None:
     ("error", "state"),
     [
         pytest.param(_refused('jobs.batch "x" is forbidden: exceeded quota: q'), "QuotaExceeded", id="quota"),
-        pytest.param(_refused("denied by policy"), "Forbidden", id="admission policy"),
+        pytest.param(
+            _refused("jobs.batch \"x\" is forbidden: ValidatingAdmissionPolicy 'p' denied"), "AdmissionDenied", id="policy"
+        ),
+        pytest.param(_refused('jobs.batch "x" is forbidden: no'), "Forbidden", id="forbidden"),
+        pytest.param(
+            build_api_error(500, reason="InternalError", message='Internal error occurred: failed calling webhook "w": timeout'),
+            "WebhookFailed",
+            id="webhook that does not answer",
+        ),
         pytest.param(_refused("spec.template: Invalid value", status=422), "InvalidJob", id="invalid"),
     ],
 )
-async def test_refused_child_is_shown_and_tried_again_later(bench: Bench, error: RefusedError, state: str) -> None:
+async def test_refused_child_is_shown_and_tried_again_later(bench: Bench, error: ApiError, state: str) -> None:
     bench.show(bench.objects.job())
     bench.cluster.failures["apply"] = [error, error]
     await bench.wake()
@@ -274,8 +288,74 @@ async def test_pause_that_the_decision_asks_for_is_kept(bench: Bench) -> None:
     requests = await bench.work()
 
     assert requests[0] == "status"
-    assert "emoji AttemptFailed" in bench.events
+    assert "emoji PodLost" in bench.events
 
 
 def _format(now: float) -> str:
     return datetime.fromtimestamp(now, tz=UTC).isoformat()
+
+
+async def test_events_of_a_job_without_a_pod_are_read_and_told(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    await bench.wake()  # as the watch shows the child
+    child = next(iter(bench.store.children))
+    bench.cluster.refusals["team", child.uid] = ["exceeded quota: old", 'violates PodSecurity "restricted"']
+    bench.now += 2
+    requests = await bench.work()
+
+    assert ["refusals", "status"] == [each.split()[0] for each in requests]
+    assert "PodSecurityViolation" == bench.state
+
+
+@pytest.mark.parametrize("error", [_refused("events is forbidden"), ApiError("boom", status=500, reason="InternalError")])
+async def test_events_that_cannot_be_read_cost_the_cause_and_nothing_else(bench: Bench, error: ApiError) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    await bench.wake()  # as the watch shows the child
+    bench.cluster.failures["refusals"] = [error]
+    bench.now += 2
+    requests = await bench.work()
+
+    assert ["refusals"] == [each.split()[0] for each in requests]
+    assert {"success"} == set(bench.results())
+    assert await bench.work() == []  # not again before its time
+
+
+async def test_refused_child_is_given_up_at_its_deadline(bench: Bench) -> None:
+    spec = bench.objects.job()["spec"] | {"runPolicy": {"startDeadlineSeconds": 30}}
+    bench.show(bench.objects.job(spec=spec))
+    bench.cluster.failures["apply"] = [_refused('jobs.batch "x" is forbidden: exceeded quota: q') for _ in range(100)]
+    await bench.wake()
+    begin, requests = bench.now, []
+    while bench.state != "Failed" and bench.now < begin + 60:
+        bench.now += 0.5
+        requests += await bench.work()
+
+    assert begin + 30 == bench.now
+    assert 15 > len(requests), "the API server is asked ever more rarely"
+    assert "emoji Failed" in bench.events
+    bench.now += 1000
+    assert not any(each.startswith("apply") for each in await bench.work())
+
+
+async def test_lost_time_and_retries_are_counted_by_cause(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    ended = {"terminated": {"exitCode": 137, "startedAt": _format(bench.now), "finishedAt": _format(bench.now + 7)}}
+    status = {
+        "phase": "Failed",
+        "containerStatuses": [{"name": "trainer", "state": ended}],
+        "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}],
+    }
+    bench.show(bench.objects.pod(child=child.name, status=status), Kind.POD)
+    failed = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": _format(bench.now + 7)}]}
+    bench.show(bench.cluster.objects[Kind.JOB, child.key] | {"status": failed}, Kind.JOB)
+    bench.now += 7
+    requests = await bench.wake()
+    page = generate_latest(bench.metrics.registry).decode()
+
+    assert ["status", "apply", "status"] == [each.split()[0] for each in requests]
+    assert 'finetune_lost_seconds_total{cause="disruption"} 7.0' in page
+    assert 'finetune_job_retries_total{cause="disruption"} 1.0' in page

@@ -14,7 +14,7 @@ from finetune_operator.settings import TrainerSettings
 _SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
 
 
-def _build(**fields: Any) -> dict[str, Any]:
+def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, **fields: Any) -> dict[str, Any]:
     spec = FineTuneJobSpec.model_validate(
         {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
         | fields
@@ -30,7 +30,7 @@ def _build(**fields: Any) -> dict[str, Any]:
         spec_error=None,
         status=FineTuneJobStatus(),
     )
-    return build_job(job, spec, attempt=2, settings=_SETTINGS)
+    return build_job(job, spec, attempt=2, micro_batch_divisor=micro_batch_divisor, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,16 @@ def _build(**fields: Any) -> dict[str, Any]:
                 "budget": {"trainingSeconds": 120},
             },
             id="own model, steps and a budget",
+        ),
+        pytest.param(
+            "job-checkpoints.yaml",
+            {"checkpoint": {"uri": "pvc://checkpoints/emoji", "intervalSeconds": 30, "keep": 5}},
+            id="checkpoints on a volume of their own",
+        ),
+        pytest.param(
+            "job-object-store.yaml",
+            {"checkpoint": {"uri": "s3://bucket/emoji", "secretRef": {"name": "keys"}}},
+            id="checkpoints in an object store",
         ),
     ],
 )
@@ -81,3 +91,22 @@ def test_a_claim_that_serves_twice_is_one_volume() -> None:
     mounts = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
     assert ["models"] == claims
     assert ("model", "model", "model") == (mounts["/mnt/model"], mounts["/mnt/dataset"], mounts["/mnt/output"])
+
+
+def test_checkpoints_beside_the_output_need_no_second_volume() -> None:
+    pod = _build(checkpoint={"uri": "pvc://models/checkpoints"})["spec"]["template"]["spec"]
+
+    claims = [each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    mounts = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
+    assert ["data", "models"] == claims
+    assert ("output", "output") == (mounts["/mnt/output"], mounts["/mnt/checkpoint"])
+
+
+def test_trainer_is_told_its_grace_period_and_its_micro_batch() -> None:
+    settings = _SETTINGS.model_copy(update={"termination_grace_seconds": 90})
+    template = _build(settings=settings, micro_batch_divisor=4)["spec"]["template"]["spec"]
+    value = next(each["value"] for each in template["containers"][0]["env"] if each["name"] == "FINETUNE_TRAINER_CONFIG")
+
+    config = TrainerConfig.model_validate_json(value)
+
+    assert (90, 90, 4) == (template["terminationGracePeriodSeconds"], config.grace_seconds, config.micro_batch_divisor)

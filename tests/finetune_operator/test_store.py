@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from finetune_api.contract import TrainerReport
-from finetune_operator.observed import ReceivedReport
+from finetune_operator.observed import Observed, PodRefusal, ReceivedReport
 from finetune_operator.store import Store
 from finetune_operator.views import Kind
 
@@ -176,3 +176,57 @@ def test_object_costs_at_most_two_kilobytes(store: Store, objects: Any) -> None:
     tracemalloc.stop()
 
     assert used / (3 * number) < 2000
+
+
+def _read(store: Store) -> Observed:
+    seen = store.read(_KEY)
+    assert seen is not None
+    return seen[1]
+
+
+def _observe_ended_pod(store: Store, objects: Any, name: str, *, child: str, version: int, **fields: Any) -> None:
+    ended = {"phase": "Failed", "reason": "Evicted"}
+    store.observe(Kind.POD, objects.pod(name, child=child, version=version, status=ended, **fields), is_deleted=True)
+
+
+def test_deleted_pod_is_kept_as_it_was_seen_last(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.POD, objects.pod("a", version=2))
+    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=3)
+
+    assert () == _read(store).pods
+    assert [("a", "Evicted")] == [(pod.name, pod.pod_reason) for pod in _read(store).former_pods]
+
+
+def test_pod_whose_deletion_was_missed_is_kept_too(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.POD, objects.pod("a", uid="u"))
+    store.purge(Kind.POD, ["u"])
+
+    assert ["a"] == [pod.name for pod in _read(store).former_pods]
+
+
+def test_only_the_deleted_pods_of_the_latest_attempt_are_kept(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    _observe_ended_pod(store, objects, "old", child="emoji-0a1b2c3d-1", version=2)
+    for number in range(9):
+        _observe_ended_pod(store, objects, f"new-{number}", child="emoji-0a1b2c3d-2", version=3 + number)
+
+    assert ["new-5", "new-6", "new-7", "new-8"] == [pod.name for pod in _read(store).former_pods]
+
+
+def test_deleted_pods_and_refusals_go_with_their_job(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.put_refusal(_KEY, PodRefusal(child_uid="c", checked_at=_REPORT.received_at, message="no"))
+    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=2)
+    store.observe(Kind.FINETUNEJOB, objects.job(version=3), is_deleted=True)
+    store.observe(Kind.FINETUNEJOB, objects.job(version=4, uid="successor"))
+
+    assert (None, ()) == (_read(store).refusal, _read(store).former_pods)
+
+
+def test_deleted_pods_of_a_predecessor_are_not_the_successors(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job(uid="successor"))
+    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=2, job_uid="predecessor")
+
+    assert () == _read(store).former_pods

@@ -203,3 +203,37 @@ def _project_pod(raw: dict[str, Any]) -> PodView:
     record = project_pod(raw)
     assert record is not None
     return record.content
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        pytest.param({"status": "True", "reason": "EvictionByEvictionAPI"}, "EvictionByEvictionAPI", id="evicted"),
+        pytest.param({"status": "True"}, "DisruptionTarget", id="without a reason"),
+        pytest.param({"status": "False", "reason": "EvictionByEvictionAPI"}, None, id="called off"),
+    ],
+)
+def test_disruption_of_a_pod_is_its_condition(objects: Any, condition: dict[str, str], expected: str | None) -> None:
+    record = project_pod(objects.pod(status={"conditions": [{"type": "DisruptionTarget"} | condition]}))
+
+    assert record is not None
+    assert expected == record.content.disruption_reason
+
+
+def test_pod_knows_its_attempt_and_when_it_must_have_stopped(objects: Any) -> None:
+    record = project_pod(objects.pod(child="emoji-0a1b2c3d-3", deletionTimestamp="2026-01-01T00:00:30Z"))
+
+    assert record is not None
+    assert ("0a1b2c3d", 3) == (record.content.run, record.content.attempt)
+    assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == record.content.deletion_due
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("OutOfnvidia.com/gpu", "OutOfnvidiacomgpu"), ("Evicted", "Evicted"), ("", None), ("-", None), (None, None)],
+)
+def test_reason_of_a_pod_can_be_that_of_a_condition(objects: Any, reason: str | None, expected: str | None) -> None:
+    record = project_pod(objects.pod(status={"phase": "Failed", "reason": reason}))
+
+    assert record is not None
+    assert expected == record.content.pod_reason

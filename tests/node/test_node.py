@@ -198,7 +198,7 @@ def test_a_wrong_input_fails_at_once_and_says_what_to_do(
 
 
 def test_a_missing_claim_is_shown_while_pending(wrong: Any) -> None:
-    wrong.wait("no-claim", "Unschedulable")
+    wrong.wait("no-claim", "ClaimNotFound")
 
     assert '"missing" not found' in wrong.condition("no-claim", "Ready")["message"]
     assert "False" == wrong.condition("no-claim", "Stalled")["status"]

@@ -12,9 +12,18 @@ from finetune_operator.settings import TrainerSettings
 _USER = 65532
 
 
-def build_job(job: JobView, spec: FineTuneJobSpec, *, attempt: int, settings: TrainerSettings) -> dict[str, Any]:
+def build_job(
+    job: JobView, spec: FineTuneJobSpec, *, attempt: int, micro_batch_divisor: int = 1, settings: TrainerSettings
+) -> dict[str, Any]:
     """Return the Job of an attempt: Indexed, never retried by Kubernetes itself, as the operator decides on that."""
-    config = build_trainer_config(spec, namespace=job.namespace, name=job.name, attempt=attempt)
+    config = build_trainer_config(
+        spec,
+        namespace=job.namespace,
+        name=job.name,
+        attempt=attempt,
+        micro_batch_divisor=micro_batch_divisor,
+        grace_seconds=settings.termination_grace_seconds,
+    )
     labels = _build_labels(job, spec, config=config)
     return {
         "apiVersion": "batch/v1",
@@ -100,6 +109,7 @@ def _build_container(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: 
             # The root file system is read-only: caches of the libraries go to the pod's own temporary folder.
             {"name": "HOME", "value": "/tmp"},  # noqa: S108
         ],
+        **_build_secrets(spec),
         "resources": {"requests": amounts, "limits": amounts},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -119,12 +129,19 @@ def _build_container(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: 
     }
 
 
+def _build_secrets(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """Return the Secret with the credentials of the object store; the kubelet reads it, as the operator may not."""
+    secret = spec.checkpoint.secret_ref
+    return {"envFrom": [{"secretRef": {"name": secret.name}}]} if secret else {}
+
+
 def _list_mounts(spec: FineTuneJobSpec) -> list[tuple[str, str, str, bool]]:
     """Return volume, claim, mount path and whether it is read-only, for every `pvc://` URI; a volume has its first use's name."""
     uses = (
         ("model", spec.model.uri, names.MODEL_MOUNT, True),
         ("dataset", spec.dataset.uri, names.DATASET_MOUNT, True),
         ("output", spec.output.uri, names.OUTPUT_MOUNT, False),
+        ("checkpoint", spec.checkpoint.uri or "", names.CHECKPOINT_MOUNT, False),
     )
     mounts: list[tuple[str, str, str, bool]] = []
     for use, uri, path, is_read_only in uses:

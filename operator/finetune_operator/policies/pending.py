@@ -1,32 +1,86 @@
-"""Why an attempt does not run yet (pure)."""
+"""Why an attempt does not run yet (pure): the scheduler's, the kubelet's or the API server's evidence in words for users."""
+
+import re
+
+from finetune_api.contract import claim_of
+from finetune_api.v1alpha1 import FineTuneJobSpec
 
 from finetune_operator.observed import PodView
+from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.state import Phase, State
 
 # Reasons of a waiting container that are steps of a normal start; all others are problems.
 # https://github.com/kubernetes/kubernetes/blob/v1.34.4/pkg/kubelet/images/types.go and pkg/kubelet/container/sync_result.go
 _NORMAL_WAITING = frozenset({"ContainerCreating", "PodInitializing"})
+# Both are shown as one: the kubelet goes to and fro between trying to pull and waiting for the next try.
+_PULL = frozenset({"ErrImagePull", "ImagePullBackOff"})
+_ADVICE = {
+    "ImagePullBackOff": "check the image's name and that the node can reach and read its registry",
+    "InvalidImageName": "this is no name of an image; correct the operator's trainer image",
+    "ErrImageNeverPull": "the pull policy is Never, and the node does not have the image",
+    "CreateContainerConfigError": "mend what the message names",
+}
 
 _STARTING = "waiting for the trainer's pod to be created and scheduled"
 
 
-def explain_pending(pod: PodView | None) -> State:
-    """Return the pending state of an attempt, with the scheduler's or the kubelet's own reason where there is one.
+def explain_pending(pod: PodView | None, *, spec: FineTuneJobSpec, refusal: str | None = None, child: str = "") -> State:
+    """Return the pending state of an attempt, with its own reason for each kind of problem.
 
     The steps of a normal start share one message, so that they cost no status writes.
     """
     if pod is None:
-        return State(phase=Phase.PENDING, message=_STARTING)
+        if refusal is None:
+            return State(phase=Phase.PENDING, message=_STARTING)
+        reason, message = explain_refusal(refusal, subject=f"the pod of Job {child}")
+        return State(phase=Phase.PENDING, problem=reason, message=message)
     if not pod.scheduled:
-        return _explain_unscheduled(pod)
+        return _explain_unscheduled(pod, spec=spec)
     if pod.waiting_reason and pod.waiting_reason not in _NORMAL_WAITING:
-        message = f"pod {pod.name}, image {pod.image}: {pod.waiting_message or pod.waiting_reason}"
-        return State(phase=Phase.PENDING, problem=pod.waiting_reason, message=message, scheduled=True)
+        return _explain_waiting(pod, pod.waiting_reason)
     return State(phase=Phase.PENDING, message=f"pod {pod.name} starts on node {pod.node}", scheduled=True)
 
 
-def _explain_unscheduled(pod: PodView) -> State:
+def _explain_unscheduled(pod: PodView, *, spec: FineTuneJobSpec) -> State:
     if not pod.unscheduled_reason:
         return State(phase=Phase.PENDING, message=_STARTING)
-    message = f"pod {pod.name}: {pod.unscheduled_message or pod.unscheduled_reason}"
-    return State(phase=Phase.PENDING, problem=pod.unscheduled_reason, message=message, scheduled=False)
+    text = pod.unscheduled_message or pod.unscheduled_reason
+    reason, advice = _find_shortage(pod.unscheduled_reason, text, spec=spec)
+    message = f"pod {pod.name} cannot be scheduled: {advice}{text}"
+    return State(phase=Phase.PENDING, problem=reason, message=message, scheduled=False)
+
+
+def _find_shortage(reason: str, text: str, *, spec: FineTuneJobSpec) -> tuple[str, str]:
+    """Return what the scheduler misses in one word, and what to do; its words are those of its plugins.
+
+    Source: https://github.com/kubernetes/kubernetes/tree/v1.34.4/pkg/scheduler/framework/plugins (noderesources, volumebinding)
+    """
+    if missing := re.search('persistentvolumeclaim "([^"]+)" not found', text):
+        return "ClaimNotFound", f"there is no PersistentVolumeClaim {missing[1]}; create it or correct the URI in the spec: "
+    if "unbound immediate PersistentVolumeClaims" in text:
+        claims = ", ".join(sorted(_list_claims(spec)))
+        return "ClaimNotBound", f"a PersistentVolumeClaim of {claims} has no volume; check its storage class: "
+    if short := sorted(set(re.findall(r"Insufficient ([a-z0-9./-]*[a-z0-9])", text))):
+        return "InsufficientResources", f"no node has enough {' and '.join(short)} free; lower spec.resources or add nodes: "
+    return reason, ""
+
+
+def _list_claims(spec: FineTuneJobSpec) -> set[str]:
+    uris = (spec.model.uri, spec.dataset.uri, spec.output.uri, spec.checkpoint.uri or "")
+    return {claim for uri in uris if (claim := claim_of(uri))}
+
+
+def _explain_waiting(pod: PodView, waiting: str) -> State:
+    """Return what the kubelet waits for."""
+    reason = "ImagePullBackOff" if waiting in _PULL else waiting
+    text = _strip_backoff(pod.waiting_message or waiting)
+    advice = _ADVICE.get(reason, "")
+    if missing := re.search(r'secret "([^"]+)" not found', text):
+        reason, advice = "SecretNotFound", f"create Secret {missing[1]} or correct spec.checkpoint.secretRef"
+    message = f"pod {pod.name}, image {pod.image}: {text}" + (f" ({advice})" if advice else "")
+    return State(phase=Phase.PENDING, problem=reason, message=message, scheduled=True)
+
+
+def _strip_backoff(text: str) -> str:
+    """Return the error itself: `Back-off pulling image "x": ErrImagePull: error` says the same while the kubelet waits."""
+    return re.sub(r'^Back-off pulling image "[^"]*": (ErrImagePull: )?', "", text)

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from finetune_api.contract import TrainerReport
-from finetune_api.v1alpha1 import FineTuneJobStatus, Metric, ResultMetric, TrainerStatus
+from finetune_api.v1alpha1 import CheckpointStatus, FineTuneJobStatus, Metric, ResultMetric, TrainerStatus
 from pydantic import ValidationError
 
 from finetune_operator.observed import ChildView, Observed, PodView
@@ -33,6 +33,16 @@ def find_report(observed: Observed, child: ChildView, *, pod: PodView | None) ->
     return None
 
 
+def find_newest_checkpoint(known: CheckpointStatus | None, observed: Observed, *, run: str) -> CheckpointStatus | None:
+    """Return the newest checkpoint that a trainer of this run has told of, in a report or as its last word."""
+    pods = (pod for pod in (*observed.pods, *observed.former_pods) if pod.run == run)
+    reports = [parse_termination_message(pod.termination_message) for pod in pods]
+    if observed.report and observed.report.run == run:
+        reports.append(observed.report.report)
+    found = [report.checkpoint for report in reports if report and report.checkpoint]
+    return max((*found, *((known,) if known else ())), key=lambda each: each.time, default=None)
+
+
 def merge_trainer_status(previous: TrainerStatus | None, observed: Observed, *, child: ChildView) -> TrainerStatus | None:
     """Return the progress to show: a newer report of this attempt with the time of its receipt, else what was shown."""
     received = observed.report
@@ -55,7 +65,7 @@ def describe_metric(metrics: tuple[Metric, ...] | tuple[ResultMetric, ...]) -> s
 
 def compute_progress_delay(old: FineTuneJobStatus, new: FineTuneJobStatus, *, now: datetime, interval_seconds: float) -> float:
     """Return for how many seconds a status write can wait: 0 unless only progress changed since a recent write."""
-    without = {"trainer_status": None, "metric": None}
+    without = {"trainer_status": None, "metric": None, "checkpoint": None}
     if old.model_copy(update=without) != new.model_copy(update=without):
         return 0
     if old.trainer_status is None or old.trainer_status.last_updated_time is None:

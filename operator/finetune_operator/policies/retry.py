@@ -1,14 +1,52 @@
-"""When a failed attempt is tried again (pure)."""
+"""When a failed attempt is tried again, and what a restart leaves in the status (pure)."""
 
 from datetime import datetime, timedelta
 
+from finetune_api.v1alpha1 import Failure, FineTuneJobStatus, Restart
 
-def compute_retry_time(failed_at: datetime, *, restarts: int, base_seconds: float, limit_seconds: float) -> datetime:
-    """Return when the attempt after a failure starts: base, 2 x base, 4 x base ... after it, at most the limit.
+from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
 
-    `restarts` counts this retry, so the first one has 1. The defaults (10 s, 6 min) are those of batch/v1 Jobs:
-    https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
+_MAX_HISTORY = 16
+_MAX_DIVISOR = 1024
+# Disruptions are retried at once, but not when they come as fast as pods can be created.
+_STORM_RESTARTS = 4
+_STORM_SECONDS = 60
+
+
+def record_restart(
+    status: FineTuneJobStatus, failure: Failure, *, is_counted: bool, ended_at: datetime, lost_seconds: int
+) -> FineTuneJobStatus:
+    """Return the status with one more restart in it; after running out of memory the next attempt splits its batches more."""
+    restart = Restart(
+        attempt=failure.attempt, reason=failure.reason, time=ended_at, counted=is_counted, lost_seconds=lost_seconds
+    )
+    divisor = status.micro_batch_divisor * (2 if failure.reason == OUT_OF_MEMORY else 1)
+    update = {
+        "restarts": status.restarts + 1,
+        "restarts_counted_towards_limit": status.restarts_counted_towards_limit + int(is_counted),
+        "restart_history": (*status.restart_history, restart)[-_MAX_HISTORY:],
+        "micro_batch_divisor": min(divisor, _MAX_DIVISOR),
+    }
+    return status.model_copy(update=update)
+
+
+def compute_retry_time(status: FineTuneJobStatus, *, base_seconds: float, limit_seconds: float) -> datetime | None:
+    """Return when the attempt after the last restart starts, or None when there was none.
+
+    After a failure that counts: base, 2 x base, 4 x base ... after it, at most the limit. The defaults (10 s, 6 min) are those
+    of batch/v1 Jobs: https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
     """
+    if not status.restart_history:
+        return None
+    last = status.restart_history[-1]
+    if not last.counted:
+        is_at_once = is_disruption(last.reason) and not _is_storm(status.restart_history)
+        return last.time + timedelta(seconds=0 if is_at_once else base_seconds)
     # The exponent is bounded so that a large count cannot overflow the float.
-    delay = base_seconds * 2.0 ** min(max(restarts - 1, 0), 30)
-    return failed_at + timedelta(seconds=min(delay, limit_seconds))
+    delay = base_seconds * 2.0 ** min(max(status.restarts_counted_towards_limit - 1, 0), 30)
+    return last.time + timedelta(seconds=min(delay, limit_seconds))
+
+
+def _is_storm(history: tuple[Restart, ...]) -> bool:
+    latest = history[-_STORM_RESTARTS:]
+    return len(latest) == _STORM_RESTARTS and (latest[-1].time - latest[0].time).total_seconds() < _STORM_SECONDS

@@ -1,0 +1,38 @@
+"""What a status write tells to the metrics; a restart of the operator repeats no status write."""
+
+from datetime import datetime
+
+from finetune_api.v1alpha1 import FineTuneJobStatus
+
+from finetune_operator.metrics import END_SECONDS, ENDS, LOST_SECONDS, RETRIES, START_SECONDS, Metrics
+from finetune_operator.observed import JobView
+from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
+
+
+def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, created_at: datetime | None) -> None:
+    """Add what has changed with a status write."""
+    if status.run == job.status.run:
+        _measure_restart(metrics, job.status, status)
+    # After a change of the spec, the time since the creation means nothing.
+    if created_at is None or job.generation != 1:
+        return
+    if status.start_time and job.status.start_time is None:
+        metrics.observe(START_SECONDS, (status.start_time - created_at).total_seconds())
+    ready = next((each.reason for each in status.conditions if each.type == "Ready"), "")
+    if status.completion_time and job.status.completion_time is None and ready in ENDS:
+        metrics.observe(END_SECONDS, (status.completion_time - created_at).total_seconds(), result=ready)
+
+
+def _measure_restart(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
+    failure = new.failure if new.failure != old.failure else None
+    cause = _find_cause(failure.reason) if failure else "stop"
+    if failure is not None and new.restarts > old.restarts:
+        metrics.count(RETRIES, cause=cause)
+    if (lost := new.lost_seconds - old.lost_seconds) > 0:
+        metrics.count(LOST_SECONDS, lost, cause=cause)
+
+
+def _find_cause(reason: str) -> str:
+    if reason == OUT_OF_MEMORY:
+        return "oom"
+    return "disruption" if is_disruption(reason) else "error"

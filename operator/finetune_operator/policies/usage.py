@@ -1,0 +1,57 @@
+"""How long trainers ran, and how much of that is lost when an attempt ends (pure).
+
+Each attempt is accounted for exactly once: `runningSince` is set while its trainer runs and cleared in the same status write
+that adds its time.
+"""
+
+from datetime import datetime
+
+from finetune_api.v1alpha1 import FineTuneJobStatus
+
+from finetune_operator.observed import PodView
+
+
+def begin_running(status: FineTuneJobStatus, pod: PodView) -> FineTuneJobStatus:
+    """Return the status with the start of the pod's trainer in it, if it runs."""
+    if pod.started_at is None or pod.is_ended or status.running_since is not None:
+        return status
+    return status.model_copy(update={"running_since": pod.started_at, "start_time": status.start_time or pod.started_at})
+
+
+def end_running(status: FineTuneJobStatus, pod: PodView | None, *, now: datetime) -> tuple[FineTuneJobStatus, int]:
+    """Return the status with the running time of an ended attempt added, and the seconds of it that are lost.
+
+    Lost is what lies between the newest checkpoint, or the start, and the end.
+    """
+    since = status.running_since or (pod.started_at if pod else None)
+    if since is None:
+        return status, 0
+    end = _find_end(status, pod, now=now)
+    saved_at = status.checkpoint.time if status.checkpoint else since
+    lost = _seconds_between(max(since, saved_at), end)
+    update = {
+        "running_since": None,
+        "start_time": status.start_time or since,
+        "active_seconds": status.active_seconds + _seconds_between(since, end),
+        "lost_seconds": status.lost_seconds + lost,
+    }
+    return status.model_copy(update=update), lost
+
+
+def compute_active_seconds(status: FineTuneJobStatus, *, now: datetime) -> float:
+    """Return how long the run's trainers ran until now."""
+    running = (now - status.running_since).total_seconds() if status.running_since else 0.0
+    return status.active_seconds + max(0.0, running)
+
+
+def _find_end(status: FineTuneJobStatus, pod: PodView | None, *, now: datetime) -> datetime:
+    """Return when a trainer ended: as its pod tells, else its last sign of life, else now."""
+    if pod and pod.finished_at:
+        return pod.finished_at
+    reported_at = status.trainer_status.last_updated_time if status.trainer_status else None
+    is_sign_of_life = reported_at is not None and status.running_since is not None and reported_at > status.running_since
+    return reported_at if is_sign_of_life and reported_at is not None else now
+
+
+def _seconds_between(start: datetime, end: datetime) -> int:
+    return max(0, int((end - start).total_seconds()))

@@ -1,0 +1,118 @@
+"""Random lives of a FineTuneJob: whatever happens in whatever order, some things are never so."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from finetune_api.conditions import is_true
+from world import PUBLISHED, SPEC, World
+
+_LIMIT = 2
+_POLICIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"startDeadlineSeconds": 15},
+    {"activeDeadlineSeconds": 30},
+    {"ttlSecondsAfterFinished": 10},
+    {"startDeadlineSeconds": 300, "activeDeadlineSeconds": 300, "ttlSecondsAfterFinished": 0},
+)
+
+
+def _begin(chance: random.Random) -> World:
+    return World(spec=SPEC | {"runPolicy": {"backoffLimit": _LIMIT} | chance.choice(_POLICIES)}).settle()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_life_never_overlaps_attempts_and_never_exceeds_the_limit(seed: int) -> None:
+    chance = random.Random(seed)
+    world = _begin(chance)
+    for _ in range(40):
+        _happen(world, chance)
+        world.settle()
+        _check(world)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_operator_that_is_killed_between_two_writes_repeats_and_loses_nothing(seed: int) -> None:
+    chance = random.Random(seed)
+    world = _begin(chance)
+    for _ in range(40):
+        _happen(world, chance)
+        while chance.random() < 0.5:
+            world.kill(world.reconcile(), writes=chance.randrange(3))
+        world.settle()
+        _check(world)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_killed_operator_comes_to_the_same_end_as_one_that_lives(seed: int) -> None:
+    """Nothing but the two operators differs: one is killed at random instants, between any two of its writes."""
+    ends = []
+    for is_killed in (False, True):
+        chance, deaths = random.Random(seed), random.Random(f"deaths {seed}")
+        world = _begin(chance)
+        for _ in range(6):
+            world.wait(chance.choice([1, 20, 400])).settle()
+            if not [child for child in world.active if not child.deleting]:
+                continue
+            code = chance.choice([0, 1, 65, 137])
+            world.pod(phase="Running", started_at=world.now)
+            while is_killed and deaths.random() < 0.7:
+                world.kill(world.reconcile(), writes=deaths.randrange(3))
+            world.settle().wait(5).exit_unseen(code, message=PUBLISHED if code == 0 else None)
+            while is_killed and deaths.random() < 0.7:
+                world.kill(world.reconcile(), writes=deaths.randrange(3))
+            world.settle()
+        ends.append((world.state, world.cause, world.status.model_copy(update={"conditions": ()}), world.manifests))
+
+    assert ends[0] == ends[1]
+
+
+def _check(world: World) -> None:
+    status = world.status
+    assert 1 >= len(world.active)
+    assert _LIMIT >= status.restarts_counted_towards_limit
+    assert status.restarts_counted_towards_limit <= status.restarts
+    assert status.observed_generation == world.generation
+    assert status.lost_seconds <= status.active_seconds
+    assert not (is_true(status.conditions, "Complete") and is_true(status.conditions, "Failed"))
+    failed = [each.attempt for each in status.restart_history]
+    assert sorted(set(failed)) == failed, "a failed attempt counts once"
+    names = [each["metadata"]["name"] for each in world.manifests]
+    assert len(set(names)) == len(names) or world.generation > 1, "a name is used once in a run"
+
+
+def _happen(world: World, chance: random.Random) -> None:
+    """Let one thing happen: the first of these to everything, the second to an attempt that is under way."""
+    active = [child for child in world.active if not child.deleting]
+    chance.choice(_TO_AN_ATTEMPT if active and chance.random() < 0.5 else _TO_ALL)(world, chance)
+
+
+def _lose_some(world: World, chance: random.Random) -> None:
+    for name in [name for name in world.children if chance.random() < 0.5]:
+        del world.children[name]
+        world.pods.pop(name, None)
+
+
+def _exit(world: World, chance: random.Random) -> None:
+    world.run().wait(chance.choice([0, 7]))
+    world.exit(chance.choice([0, 1, 65, 75, 137]), message=chance.choice([None, PUBLISHED]))
+
+
+_Happening = Callable[[World, random.Random], object]
+_TO_ALL: tuple[_Happening, ...] = (
+    lambda world, chance: world.change(suspend=chance.random() < 0.5),
+    lambda world, chance: world.change(hyperparameters={"seed": chance.randrange(3)}),
+    lambda world, chance: world.change(resources={"cpu": str(chance.randrange(1, 3)), "memory": "1Gi"}),
+    lambda world, chance: world.change(runPolicy={"backoffLimit": _LIMIT} | chance.choice(_POLICIES)),
+    lambda world, chance: world.wait(chance.choice([1, 20, 400])),
+    lambda world, _: world.collect(),
+    _lose_some,
+)
+_TO_AN_ATTEMPT: tuple[_Happening, ...] = (
+    lambda world, _: world.run(),
+    lambda world, _: world.run().wait(3).disrupt(),
+    lambda world, _: world.run().wait(9).save(),
+    _exit,
+    _exit,
+)

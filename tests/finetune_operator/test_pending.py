@@ -1,0 +1,146 @@
+"""The table of diagnoses while an attempt does not run yet."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finetune_api.v1alpha1 import FineTuneJobSpec
+from finetune_operator.policies.pending import explain_pending
+from finetune_operator.policies.refusal import explain_refusal
+from finetune_operator.views import project_pod
+
+_SPEC = FineTuneJobSpec.model_validate(
+    {
+        "task": "image-classification",
+        "dataset": {"uri": "pvc://datasets/pets"},
+        "output": {"uri": "pvc://models/pets"},
+        "checkpoint": {"uri": "s3://bucket/a", "secretRef": {"name": "keys"}},
+    }
+)
+
+
+def _unscheduled(message: str) -> dict[str, Any]:
+    return {"scheduled": False, "unscheduled_reason": "Unschedulable", "unscheduled_message": message}
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason", "words"),
+    [
+        pytest.param(
+            _unscheduled('0/3 nodes are available: persistentvolumeclaim "datasets" not found. preemption: not helpful'),
+            "ClaimNotFound",
+            ["PersistentVolumeClaim datasets", "create it"],
+            id="claim missing",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"),
+            "ClaimNotBound",
+            ["datasets, models", "storage class"],
+            id="claim unbound",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 1 Insufficient memory, 2 Insufficient cpu. preemption: 0/3 nodes"),
+            "InsufficientResources",
+            ["enough cpu and memory", "spec.resources"],
+            id="cpu and memory",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
+            "InsufficientResources",
+            ["enough nvidia.com/gpu free"],
+            id="accelerators",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 3 node(s) had untolerated taint(s)."),
+            "Unschedulable",
+            ["untolerated taint"],
+            id="something else",
+        ),
+        pytest.param(
+            {"waiting_reason": "ErrImagePull", "waiting_message": "failed to pull: not found"},
+            "ImagePullBackOff",
+            ["image trainer:1", "failed to pull: not found", "registry"],
+            id="first pull fails",
+        ),
+        pytest.param(
+            {
+                "waiting_reason": "ImagePullBackOff",
+                "waiting_message": 'Back-off pulling image "trainer:1": ErrImagePull: failed to pull: not found',
+            },
+            "ImagePullBackOff",
+            ["image trainer:1: failed to pull: not found"],
+            id="pull is waited for",
+        ),
+        pytest.param(
+            {"waiting_reason": "InvalidImageName", "waiting_message": 'couldn\'t parse image name "A:b:c"'},
+            "InvalidImageName",
+            ['"A:b:c"', "trainer image"],
+            id="no name of an image",
+        ),
+        pytest.param(
+            {"waiting_reason": "CreateContainerConfigError", "waiting_message": 'secret "keys" not found'},
+            "SecretNotFound",
+            ["Secret keys", "spec.checkpoint.secretRef"],
+            id="secret missing",
+        ),
+        pytest.param(
+            {"waiting_reason": "CreateContainerConfigError", "waiting_message": "image has non-numeric user"},
+            "CreateContainerConfigError",
+            ["non-numeric user"],
+            id="configuration",
+        ),
+        pytest.param(
+            {"waiting_reason": "CreateContainerError", "waiting_message": "no command specified"},
+            "CreateContainerError",
+            ["no command specified"],
+            id="container cannot be created",
+        ),
+    ],
+)
+def test_cause_of_waiting_has_a_reason_and_names_the_object(
+    objects: Any, pod: dict[str, Any], reason: str, words: list[str]
+) -> None:
+    record = project_pod(objects.pod())
+    assert record is not None
+    view = replace(record.content, **({"scheduled": True, "image": "trainer:1"} | pod))
+
+    state = explain_pending(view, spec=_SPEC)
+
+    assert (reason, reason) == (state.problem, state.reason)
+    assert view.name in state.message
+    assert [] == [word for word in words if word not in state.message]
+
+
+def test_both_ways_of_the_kubelet_to_tell_of_a_failing_pull_are_one(objects: Any) -> None:
+    record = project_pod(objects.pod())
+    assert record is not None
+    pull = replace(record.content, scheduled=True, waiting_reason="ErrImagePull", waiting_message="no such host")
+    waits = 'Back-off pulling image "trainer:1": ErrImagePull: no such host'
+
+    assert explain_pending(pull, spec=_SPEC) == explain_pending(
+        replace(pull, waiting_reason="ImagePullBackOff", waiting_message=waits), spec=_SPEC
+    )
+
+
+_FORBIDDEN = 'pods "emoji-1-0-x" is forbidden: '
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        pytest.param(_FORBIDDEN + "exceeded quota: team, requested: pods=1, used: pods=0, limited: pods=0", "QuotaExceeded"),
+        pytest.param(_FORBIDDEN + "failed quota: team: must specify limits.ephemeral-storage", "QuotaExceeded"),
+        pytest.param(_FORBIDDEN + 'violates PodSecurity "restricted:latest": seccompProfile', "PodSecurityViolation"),
+        pytest.param('admission webhook "check.corp" denied the request: no', "AdmissionDenied"),
+        pytest.param(_FORBIDDEN + "ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no", "AdmissionDenied"),
+        pytest.param('Internal error occurred: failed calling webhook "check.corp": timeout', "WebhookFailed"),
+        pytest.param(_FORBIDDEN + 'error looking up service account team/default: "default" not found', "Forbidden"),
+        pytest.param('Pod "emoji" is invalid: spec.containers[0].image: Required value', "InvalidJob"),
+    ],
+)
+def test_refusal_has_a_reason_and_keeps_the_words_of_the_api_server(message: str, reason: str) -> None:
+    pod = explain_pending(None, spec=_SPEC, refusal=f"Error creating: {message}", child="emoji-1")
+
+    assert reason == explain_refusal(message, subject="Job emoji-1")[0]
+    assert reason == pod.reason
+    assert f"the pod of Job emoji-1 is refused: {message} (" in pod.message

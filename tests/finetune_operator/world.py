@@ -1,0 +1,274 @@
+"""A small model of the cluster around one FineTuneJob, for tests of the decision."""
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_api.conditions import find_condition
+from finetune_api.contract import TrainerConfig, TrainerReport
+from finetune_api.v1alpha1 import (
+    CheckpointStatus,
+    FineTuneJobSpec,
+    FineTuneJobStatus,
+    OutputStatus,
+    Result,
+    ResultMetric,
+    TrainerStatus,
+)
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.outcome import Outcome
+from finetune_operator.reconcile import reconcile, refuse
+from finetune_operator.settings import TrainerSettings
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+SPEC: dict[str, Any] = {
+    "task": "image-classification",
+    "dataset": {"uri": "pvc://data"},
+    "output": {"uri": "pvc://models/emoji"},
+}
+
+
+def build_report(**fields: Any) -> TrainerReport:
+    return TrainerReport.model_validate({"trainer_status": TrainerStatus(progress_percentage=40)} | fields)
+
+
+PUBLISHED = build_report(
+    output=OutputStatus(uri="pvc://models/emoji", digest="sha256:1", bytes=9),
+    result=Result(metrics=(ResultMetric(name="test_accuracy", value="0.81", low="0.77", high="0.86"),)),
+)
+
+
+@dataclass
+class World:
+    """A FineTuneJob, its children and its pods, as a cluster would change them."""
+
+    spec: dict[str, Any] = field(default_factory=lambda: dict(SPEC))
+    status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
+    generation: int = 1
+    children: dict[str, ChildView] = field(default_factory=dict)
+    pods: dict[str, PodView] = field(default_factory=dict)
+    former_pods: dict[str, PodView] = field(default_factory=dict)
+    report: ReceivedReport | None = None
+    refusal: PodRefusal | None = None
+    now: datetime = START
+    events: list[tuple[str, str]] = field(default_factory=list)
+    manifests: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def job(self) -> JobView:
+        return JobView(
+            namespace="team",
+            name="emoji",
+            uid="u",
+            generation=self.generation,
+            resource_version="1",
+            deleting=False,
+            spec=FineTuneJobSpec.model_validate(self.spec),
+            spec_error=None,
+            status=self.status,
+        )
+
+    @property
+    def observed(self) -> Observed:
+        return Observed(
+            children=tuple(self.children.values()),
+            pods=tuple(self.pods.values()),
+            former_pods=tuple(self.former_pods.values()),
+            report=self.report,
+            refusal=self.refusal,
+        )
+
+    @property
+    def state(self) -> str:
+        ready = find_condition(self.status.conditions, "Ready")
+        return ready.reason if ready else ""
+
+    @property
+    def message(self) -> str:
+        ready = find_condition(self.status.conditions, "Ready")
+        return ready.message if ready else ""
+
+    @property
+    def cause(self) -> tuple[str, str]:
+        """Return the reason of Stalled, and that of the last failure."""
+        stalled = find_condition(self.status.conditions, "Stalled")
+        return (stalled.reason if stalled else "", self.status.failure.reason if self.status.failure else "")
+
+    @property
+    def config(self) -> TrainerConfig:
+        """Return what the newest attempt was told."""
+        container = self.manifests[-1]["spec"]["template"]["spec"]["containers"][0]
+        return TrainerConfig.model_validate_json(container["env"][0]["value"])
+
+    @property
+    def active(self) -> list[ChildView]:
+        return [child for child in self.children.values() if child.state is ChildState.ACTIVE]
+
+    def reconcile(self) -> Outcome:
+        return reconcile(self.job, self.observed, now=self.now, settings=SETTINGS)
+
+    def refuse(self, message: str) -> Outcome:
+        """Let the API server refuse the child that the decision wants."""
+        (manifest,) = self.reconcile().apply
+        name = manifest["metadata"]["name"]
+        return refuse(self.job, self.observed, child=name, message=message, now=self.now, settings=SETTINGS)
+
+    def settle(self) -> "World":
+        """Reconcile and carry out, until nothing is left to do but wait."""
+        for _ in range(10):
+            outcome = self.reconcile()
+            if outcome == replace(Outcome(), requeue_after=outcome.requeue_after, inspect=outcome.inspect):
+                return self
+            self.carry_out(outcome)
+        raise AssertionError("the decision never comes to rest")
+
+    def carry_out(self, outcome: Outcome, *, writes: int = 1000) -> None:
+        """Carry out a decision, or only as many of its writes as an operator made before it was killed."""
+        done = iter(range(writes))
+        for deletion in outcome.delete:
+            if next(done, None) is None:
+                return
+            self.children[deletion.name] = replace(self.children[deletion.name], deleting=True)
+        assert not [name for name in outcome.absent if name in self.children]
+        for manifest in outcome.apply:
+            if next(done, None) is None:
+                return
+            assert not [pod for pod in self.pods.values() if not pod.is_ended], "two trainers would write to one folder"
+            self.manifests.append(manifest)
+            labels = manifest["metadata"]["labels"]
+            name = manifest["metadata"]["name"]
+            assert name not in self.children, "a Job is never applied twice"
+            self.children[name] = ChildView(
+                name=name,
+                uid=f"uid-{name}",
+                resource_version="1",
+                run=labels["finetune.dev/run"],
+                attempt=int(labels["finetune.dev/attempt"]),
+                pod_shape=labels["finetune.dev/pod-shape"],
+                deleting=False,
+                state=ChildState.ACTIVE,
+                reason="",
+                message="",
+                created_at=self.now,
+                finished_at=None,
+            )
+        if next(done, None) is None:
+            return
+        self.status = outcome.status or self.status
+        self.events += [(note.type.value, note.reason) for note in outcome.events]
+
+    def kill(self, outcome: Outcome, *, writes: int) -> "World":
+        """Kill the operator after some writes of a decision: all that it remembered of what is gone, is lost."""
+        self.carry_out(outcome, writes=writes)
+        self.former_pods, self.report, self.refusal = {}, None, None
+        return self
+
+    def wait(self, seconds: float) -> "World":
+        self.now += timedelta(seconds=seconds)
+        return self
+
+    def change(self, **fields: Any) -> "World":
+        self.spec = self.spec | fields
+        self.generation += 1
+        return self
+
+    def pod(self, **fields: Any) -> "World":
+        """Show or change the pod of the newest attempt."""
+        child = max(self.children.values(), key=lambda each: each.attempt)
+        known = self.pods.get(child.name) or PodView(
+            name=f"{child.name}-0",
+            uid="p",
+            resource_version="1",
+            child=child.name,
+            run=child.run,
+            attempt=child.attempt,
+            phase="Pending",
+            node="n1",
+            deleting=False,
+            image="trainer:1",
+            scheduled=True,
+            unscheduled_reason=None,
+            unscheduled_message=None,
+            waiting_reason=None,
+            waiting_message=None,
+            started_at=None,
+            finished_at=None,
+            exit_code=None,
+            termination_reason=None,
+            termination_message=None,
+            pod_reason=None,
+            pod_message=None,
+        )
+        self.pods[child.name] = replace(known, **fields)
+        return self
+
+    def run(self) -> "World":
+        return self.pod(phase="Running", started_at=self.now).settle()
+
+    def end(self, code: int, *, message: str | TrainerReport | None = None, reason: str = "Error", **fields: Any) -> "World":
+        """Let the trainer of the newest attempt end, before its Job shows that."""
+        text = message.model_dump_json(by_alias=True) if isinstance(message, TrainerReport) else message
+        return self.pod(
+            phase="Succeeded" if code == 0 else "Failed",
+            exit_code=code,
+            finished_at=self.now,
+            termination_reason=reason,
+            termination_message=text,
+            **fields,
+        )
+
+    def exit(self, code: int, **fields: Any) -> "World":
+        """Let the newest attempt end."""
+        return self.exit_unseen(code, **fields).settle()
+
+    def exit_unseen(self, code: int, **fields: Any) -> "World":
+        """Let the newest attempt end before the operator has a look."""
+        self.end(code, **fields)
+        self.finish(ChildState.COMPLETE if code == 0 else ChildState.FAILED)
+        return self
+
+    def disrupt(self, code: int = 75, *, message: TrainerReport | None = None) -> "World":
+        """Evict the pod of the newest attempt; it is gone before its Job fails."""
+        self.end(code, message=message, deleting=True, disruption_reason="EvictionByEvictionAPI").forget()
+        self.finish(ChildState.FAILED)
+        return self.settle()
+
+    def forget(self) -> "World":
+        """Remove the pod of the newest attempt; the store keeps its last view."""
+        name = max(self.children.values(), key=lambda each: each.attempt).name
+        self.former_pods = {name: self.pods.pop(name)}
+        return self
+
+    def finish(self, state: ChildState) -> None:
+        name = max(self.children.values(), key=lambda each: each.attempt).name
+        self.children[name] = replace(self.children[name], state=state, finished_at=self.now, reason="BackoffLimitExceeded")
+
+    def collect(self) -> "World":
+        """Let the garbage collector finish the deletions that were asked for."""
+        for name in [name for name, child in self.children.items() if child.deleting]:
+            del self.children[name]
+            self._stop_pod(name)
+        return self.settle()
+
+    def _stop_pod(self, name: str) -> None:
+        """Let the trainer save and leave, as SIGTERM makes it do, and its pod be gone."""
+        pod = self.pods.pop(name, None)
+        if pod is not None and pod.started_at and not pod.is_ended:
+            pod = replace(pod, phase="Failed", exit_code=75, finished_at=self.now, deleting=True)
+        if pod is not None:
+            self.former_pods = {name: pod}
+
+    def save(self, step: int = 100) -> "World":
+        """Let the trainer of the newest attempt save and tell of it."""
+        return self.post(progress_percentage=40, checkpoint=self.checkpoint(step)).settle()
+
+    def checkpoint(self, step: int = 100) -> CheckpointStatus:
+        return CheckpointStatus(step=step, samples=32 * step, time=self.now, attempt=self.status.attempt)
+
+    def post(self, **fields: Any) -> "World":
+        attempt = max(self.children.values(), key=lambda each: each.attempt)
+        checkpoint = fields.pop("checkpoint", None)
+        report = build_report(trainer_status=TrainerStatus.model_validate(fields), checkpoint=checkpoint)
+        self.report = ReceivedReport(run=attempt.run, attempt=attempt.attempt, received_at=self.now, report=report)
+        return self
