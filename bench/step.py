@@ -115,7 +115,6 @@ def run_trainer(backbone: Backbone, device: Device, training: TrainingSet, recip
         training,
         recipe,
         preprocessing=backbone.architecture.preprocessing,
-        mirror=False,
         seed=0,
         device=device,
         step_seconds=1.0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from finetune_api.v1alpha1 import Hyperparameters, MethodType, Precision
 from finetune_trainer.backbone import Backbone, Classifier, load_backbone
-from finetune_trainer.batches import Augmentation, TrainingSet, augment, draw_batch, draw_numbers, order_examples
+from finetune_trainer.batches import TrainingSet, augment, draw_batch, draw_numbers, order_examples
 from finetune_trainer.device import Device
 from finetune_trainer.errors import DivergedError
 from finetune_trainer.finetune import FineTuned, Note, finetune, group_parameters, list_stages
@@ -57,7 +57,6 @@ def train(backbone: Backbone, recipe: Recipe, notes: list[Note] | None = None) -
         make_training(),
         recipe,
         preprocessing=backbone.architecture.preprocessing,
-        mirror=True,
         seed=1,
         device=CPU,
         step_seconds=1.0,
@@ -147,9 +146,7 @@ def test_batches_of_an_epoch_hold_every_example_once() -> None:
     seen = [
         y
         for step in range(6)
-        for y in draw_batch(training, step, batch_size=8, seed=0, augmentation=Augmentation(1.0, mirror=False), device="cpu")[
-            1
-        ].tolist()
+        for y in draw_batch(training, step, batch_size=8, seed=0, smallest_crop=1.0, device="cpu")[1].tolist()
     ]
 
     assert sorted(seen) == list(range(48))
@@ -157,27 +154,16 @@ def test_batches_of_an_epoch_hold_every_example_once() -> None:
 
 def test_no_augmentation_leaves_the_picture() -> None:
     x = torch.rand(4, 3, 16, 16)
-    draws = torch.rand(4, 5)
+    draws = torch.rand(4, 4)
     draws[:, 1] = 0.5
 
-    assert torch.allclose(augment(x, draws, Augmentation(1.0, mirror=False)), x, atol=1e-5)
-
-
-def test_mirroring_turns_half_of_the_pictures() -> None:
-    x = torch.rand(2, 3, 16, 16)
-    draws = torch.full((2, 5), 0.5)
-    draws[:, 0], draws[:, 4] = 1.0, torch.tensor([0.1, 0.9])
-
-    turned = augment(x, draws, Augmentation(0.5, mirror=True))
-
-    assert torch.allclose(turned[0], x[0].flip(-1), atol=1e-5)
-    assert torch.allclose(turned[1], x[1], atol=1e-5)
+    assert torch.allclose(augment(x, draws, smallest_crop=1.0), x, atol=1e-5)
 
 
 def test_crops_stay_inside_the_picture() -> None:
     ramp = torch.linspace(0, 1, 64).expand(200, 1, 64, 64)
 
-    cropped = augment(ramp, torch.rand(200, 5, generator=torch.Generator().manual_seed(0)), Augmentation(0.3, mirror=False))
+    cropped = augment(ramp, torch.rand(200, 4, generator=torch.Generator().manual_seed(0)), smallest_crop=0.3)
 
     widths = cropped.amax((1, 2, 3)) - cropped.amin((1, 2, 3))
     assert 0.4 < float(widths.min()) < 0.6

@@ -15,7 +15,7 @@ from torch.nn import functional
 from finetune_trainer.recipe import count_steps_per_epoch
 
 _LARGEST_RATIO = 4 / 3
-_DRAWS_PER_EXAMPLE = 5
+_DRAWS_PER_EXAMPLE = 4
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,15 @@ class TrainingSet:
     y_N: Tensor
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What may be done to a picture without changing its meaning."""
-
-    smallest_crop: float
-    mirror: bool
-
-
 def draw_batch(
-    training: TrainingSet, step: int, *, batch_size: int, seed: int, augmentation: Augmentation, device: str
+    training: TrainingSet, step: int, *, batch_size: int, seed: int, smallest_crop: float, device: str
 ) -> tuple[Tensor, Tensor]:
     """Return the augmented pictures x_BCHW, with values from 0 to 255, and the labels y_B of one step."""
     epoch, position = divmod(step, count_steps_per_epoch(len(training.index_N), batch_size))
     chosen_B = order_examples(len(training.index_N), seed=seed, epoch=epoch)[position * batch_size :][:batch_size]
-    draws_B5 = torch.from_numpy(draw_numbers(len(training.index_N), seed=seed, epoch=epoch)[chosen_B.numpy()])
+    draws_B4 = torch.from_numpy(draw_numbers(len(training.index_N), seed=seed, epoch=epoch)[chosen_B.numpy()])
     pixels_BHWC = training.pixels_NHWC[training.index_N[chosen_B].to(training.pixels_NHWC.device)].to(device)
-    x_BCHW = augment(pixels_BHWC.permute(0, 3, 1, 2).float(), draws_B5.to(device), augmentation)
+    x_BCHW = augment(pixels_BHWC.permute(0, 3, 1, 2).float(), draws_B4.to(device), smallest_crop=smallest_crop)
     return x_BCHW, training.y_N[chosen_B].to(device)
 
 
@@ -62,17 +54,20 @@ def draw_numbers(num_examples: int, *, seed: int, epoch: int) -> "np.ndarray[tup
     return generator.random((num_examples, _DRAWS_PER_EXAMPLE), dtype=np.float32)
 
 
-def augment(x_BCHW: Tensor, draws_B5: Tensor, augmentation: Augmentation) -> Tensor:
-    """Return a random crop of each picture, resized to the whole square, and mirrored in half of the cases if allowed."""
-    area, ratio, left, top, side = draws_B5.unbind(1)
-    scale = (augmentation.smallest_crop + (1 - augmentation.smallest_crop) * area).sqrt()
+def augment(x_BCHW: Tensor, draws_B4: Tensor, *, smallest_crop: float) -> Tensor:
+    """Return a random crop of each picture, resized to the whole square.
+
+    Pictures are not mirrored: that changes the meaning of digits, letters and x-rays, and the features of backbones that were
+    themselves trained on mirrored pictures cannot tell for which data it does.
+    """
+    area, ratio, left, top = draws_B4.unbind(1)
+    scale = (smallest_crop + (1 - smallest_crop) * area).sqrt()
     stretch = ((2 * ratio - 1) * (math.log(_LARGEST_RATIO) / 2)).exp()
     width, height = (scale * stretch).clamp(max=1.0), (scale / stretch).clamp(max=1.0)
-    flip = torch.where(side < 0.5, -1.0, 1.0) if augmentation.mirror else torch.ones_like(side)
-    zero = torch.zeros_like(side)
+    zero = torch.zeros_like(area)
     theta_B23 = torch.stack(
         [
-            torch.stack([width * flip, zero, (1 - width) * (2 * left - 1)], 1),
+            torch.stack([width, zero, (1 - width) * (2 * left - 1)], 1),
             torch.stack([zero, height, (1 - height) * (2 * top - 1)], 1),
         ],
         1,

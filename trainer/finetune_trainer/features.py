@@ -47,12 +47,11 @@ def compute_features(
     *,
     device: Device,
     cache: Path,
-    mirrored: bool = False,
     check: Callable[[], None],
     advance: Callable[[float], None],
 ) -> Features:
     """Return the features of the pictures at `index_N`, whose contents have these digests; what is not cached is computed."""
-    folder = cache / compute_key(backbone, device=device, mirrored=mirrored)
+    folder = cache / compute_key(backbone, device=device)
     known = _read_shards(folder)
     num_cached = sum(digest in known for digest in digests)
     missing = {digest: int(index) for digest, index in zip(digests, index_N, strict=True) if digest not in known}
@@ -62,7 +61,7 @@ def compute_features(
         for names in _batched(list(missing), BATCH_SIZE):
             check()
             batch = pixels_NHWC[torch.tensor([missing[name] for name in names])]
-            fresh |= zip(names, _extract(backbone, batch, device=device, mirrored=mirrored), strict=True)
+            fresh |= zip(names, _extract(backbone, batch, device=device), strict=True)
             advance(len(known.keys() | fresh.keys()) / max(1, len(set(digests))))
             if len(fresh) >= PICTURES_PER_SHARD:
                 known |= _write_shard(folder, fresh)
@@ -76,21 +75,20 @@ def compute_features(
     return Features(f_ND, num_cached, compute_seconds, len(missing))
 
 
-def compute_key(backbone: Backbone, *, device: Device, mirrored: bool) -> str:
+def compute_key(backbone: Backbone, *, device: Device) -> str:
     """Return the name of the cache: a hash over all that a feature depends on besides the picture."""
     identity = {
         **backbone.architecture.describe(),
         "weights": backbone.digest,
         "precision": device.precision,
-        "mirrored": mirrored,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device, mirrored: bool) -> Tensor:
+def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device) -> Tensor:
     with torch.inference_mode(), device.autocast():
         x_BCHW = backbone.architecture.preprocessing.normalise(pixels_BHWC.to(device.name).permute(0, 3, 1, 2))
-        f_BD = backbone.extract(x_BCHW.flip(-1) if mirrored else x_BCHW)
+        f_BD = backbone.extract(x_BCHW)
     return f_BD.float().cpu()
 
 

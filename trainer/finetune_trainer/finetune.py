@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune_trainer.backbone import Classifier, Preprocessing
-from finetune_trainer.batches import Augmentation, TrainingSet, draw_batch, mix_seed
+from finetune_trainer.batches import TrainingSet, draw_batch, mix_seed
 from finetune_trainer.device import Device
 from finetune_trainer.errors import DivergedError
 from finetune_trainer.recipe import Recipe
@@ -49,7 +49,6 @@ def finetune(
     recipe: Recipe,
     *,
     preprocessing: Preprocessing,
-    mirror: bool,
     seed: int,
     device: Device,
     step_seconds: float,
@@ -59,7 +58,6 @@ def finetune(
 ) -> tuple[FineTuned, Note]:
     """Train `model` in place until the plan or the time is over; `step_seconds` is the first guess of a step's time."""
     optimizer = torch.optim.AdamW(group_parameters(model, recipe), fused=True)
-    augmentation = Augmentation(recipe.smallest_crop, mirror)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     durations: deque[float] = deque([step_seconds], maxlen=20)
     pace, wait_seconds, num_images, losses = Pace(), 0.0, 0, deque[Tensor](maxlen=20)
@@ -76,7 +74,7 @@ def finetune(
         )
         stride = pace.next_stride(steps_left)
         x_BCHW, y_B = draw_batch(
-            training, pace.done, batch_size=recipe.batch_size, seed=seed, augmentation=augmentation, device=device.name
+            training, pace.done, batch_size=recipe.batch_size, seed=seed, smallest_crop=recipe.smallest_crop, device=device.name
         )
         wait_seconds += time.perf_counter() - begin
 

@@ -1,7 +1,6 @@
 """Model v0: the frozen backbone with the probe as its head, usable long before any fine-tuning."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,6 @@ from finetune_trainer.select import PROBE, score_logits
 
 # A rate of fewer pictures is mostly the first batch, which is slow.
 LEAST_TIMED = 256
-MAX_MIRROR_EVALUATED = 256
-# A mirrored picture must be recognised about as often as the picture itself, or mirroring changes its meaning.
-LARGEST_MIRROR_LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def fit_model_v0(job: Job) -> ModelV0:
     """Compute the features, fit the probe, and return both as a model."""
     positions = job.dataset.positions
     job.progress.begin(Phase.FEATURES)
-    features = _compute_features(job, torch.cat([positions[split] for split in Split]), advance=job.progress.advance)
+    features = _compute_features(job, torch.cat([positions[split] for split in Split]))
     job.progress.begin(Phase.PROBE)
     started = time.perf_counter()
     by_split = dict(zip(Split, torch.split(features.f_ND, [len(positions[split]) for split in Split]), strict=True))
@@ -66,18 +62,7 @@ def fit_model_v0(job: Job) -> ModelV0:
     return ModelV0(probe, choice, picture_seconds, details)
 
 
-def is_mirror_safe(job: Job, v0: ModelV0) -> bool:
-    """Return whether mirrored pictures keep their meaning, as far as the probe can tell on validation pictures."""
-    index_N = job.dataset.positions[Split.VAL][:MAX_MIRROR_EVALUATED]
-    # These pictures are a moment of the fine-tuning and say nothing of how far that is.
-    mirrored = _compute_features(job, index_N, mirrored=True, advance=lambda _: None)
-    y_N = job.dataset.y_N[index_N]
-    plain = v0.choice.logits[Split.VAL][: len(index_N)]
-    loss = _compute_accuracy(plain, y_N) - _compute_accuracy(v0.probe.head.classify(mirrored.f_ND), y_N)
-    return loss <= LARGEST_MIRROR_LOSS
-
-
-def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False, advance: Callable[[float], None]) -> Features:
+def _compute_features(job: Job, index_N: Tensor) -> Features:
     return compute_features(
         job.backbone,
         job.dataset.pixels_NHWC,
@@ -85,9 +70,8 @@ def _compute_features(job: Job, index_N: Tensor, *, mirrored: bool = False, adva
         [job.dataset.digests[int(index)] or "" for index in index_N],
         device=job.device,
         cache=job.work / "features",
-        mirrored=mirrored,
         check=job.check,
-        advance=advance,
+        advance=job.progress.advance,
     )
 
 
@@ -110,7 +94,3 @@ def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
         state={"strength": probe.strength, "cv_accuracy": probe.cv_accuracy, "cv_nll": probe.cv_nll},
     )
     return probe
-
-
-def _compute_accuracy(z_NK: Tensor, y_N: Tensor) -> float:
-    return float((z_NK.argmax(1) == y_N).float().mean())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune_trainer.backbone import Classifier
-from finetune_trainer.batches import Augmentation, TrainingSet, draw_batch
+from finetune_trainer.batches import TrainingSet, draw_batch
 from finetune_trainer.data import Split
 from finetune_trainer.evaluate import fit_temperature
 from finetune_trainer.finetune import FineTuned, Weights
@@ -95,7 +95,6 @@ def estimate_batch_statistics(job: Job, model: Classifier, recipe: Recipe) -> No
 def _show_training_pictures(job: Job, model: Classifier, recipe: Recipe) -> None:
     train_N = job.dataset.positions[Split.TRAIN]
     training = TrainingSet(job.dataset.pixels_NHWC, train_N, job.dataset.targets(Split.TRAIN))
-    plain = Augmentation(smallest_crop=1.0, mirror=False)
     for step in range(min(BATCHES_FOR_STATISTICS, count_steps_per_epoch(len(train_N), recipe.batch_size))):
         job.check()
         x_BCHW, _ = draw_batch(
@@ -103,7 +102,7 @@ def _show_training_pictures(job: Job, model: Classifier, recipe: Recipe) -> None
             step,
             batch_size=recipe.batch_size,
             seed=job.config.hyperparameters.seed,
-            augmentation=plain,
+            smallest_crop=1.0,
             device=job.device.name,
         )
         with job.device.autocast():

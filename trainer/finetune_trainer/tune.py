@@ -12,7 +12,7 @@ from finetune_trainer.checkpoint import load_checkpoint, save_checkpoint
 from finetune_trainer.data import Split
 from finetune_trainer.finetune import FineTuned, Note, finetune
 from finetune_trainer.job import Job, build_classifier
-from finetune_trainer.model_v0 import ModelV0, is_mirror_safe
+from finetune_trainer.model_v0 import ModelV0
 from finetune_trainer.progress import Phase
 from finetune_trainer.recipe import (
     CEILING_ACCURACY,
@@ -107,8 +107,7 @@ def find_reason_to_skip(
 
 def _tune(job: Job, v0: ModelV0, recipe: Recipe, *, step_seconds: float, seconds_left: Callable[[], float | None]) -> Tuning:
     dataset, seed = job.dataset, job.config.hyperparameters.seed
-    mirror = is_mirror_safe(job, v0)
-    logger.info("fine-tuning with %s, mirrored pictures %s", recipe, "allowed" if mirror else "not allowed")
+    logger.info("fine-tuning with %s", recipe)
     reserve_seconds = _estimate_reserve(job, v0, recipe)
 
     def advance(note: Note) -> None:
@@ -126,7 +125,6 @@ def _tune(job: Job, v0: ModelV0, recipe: Recipe, *, step_seconds: float, seconds
         TrainingSet(dataset.pixels_NHWC, dataset.positions[Split.TRAIN], dataset.targets(Split.TRAIN)),
         recipe,
         preprocessing=job.backbone.architecture.preprocessing,
-        mirror=mirror,
         seed=seed,
         device=job.device,
         step_seconds=step_seconds,
@@ -140,7 +138,6 @@ def _tune(job: Job, v0: ModelV0, recipe: Recipe, *, step_seconds: float, seconds
         "loss": last.loss,
         "imagesPerSecond": round(last.images_per_second, 2),
         "dataWaitShare": round(last.data_wait_share, 4),
-        "mirrored": mirror,
         "recipe": asdict(recipe),
     }
     notes = _describe_cut(recipe, last.pace.done)
