@@ -143,7 +143,7 @@ def test_too_little_memory_fails_with_the_cause_and_more_memory_mends_it(team: A
     team.apply(
         "small",
         method={"type": "probe"},
-        hyperparameters={"imageSize": 512},
+        hyperparameters={"imageSize": 320},
         resources={"cpu": "400m", "memory": "700Mi"},
     )
     team.wait("small", "Failed")
@@ -154,7 +154,8 @@ def test_too_little_memory_fails_with_the_cause_and_more_memory_mends_it(team: A
     assert 1 == team.job("small")["status"]["restarts"]
 
     team.kubectl("patch", "ftj", "small", "--type=merge", "-p", '{"spec":{"resources":{"cpu":"900m","memory":"3Gi"}}}')
-    team.wait("small", "Complete")
+    team.wait("small", "Running")
+    assert "Complete" == team.wait("small", "Complete", "Failed")
 
 
 @pytest.fixture(scope="session")
