@@ -253,7 +253,7 @@ def test_budget_that_is_over_still_publishes_the_probe(make_pictures: Any, make_
         pytest.param({}, None, id="enough of everything"),
         pytest.param({"examples_per_class": 9.0}, "examples per class", id="few examples"),
         pytest.param({"probe_accuracy": 0.999}, "nothing to gain", id="ceiling"),
-        pytest.param({"seconds_left": 50.0}, "3 epochs", id="little time"),
+        pytest.param({"seconds_left": 50.0}, "one pass over the data", id="little time"),
         pytest.param({"seconds_left": -1.0}, "budget", id="no time"),
         pytest.param({"seconds_left": None}, None, id="no budget"),
         pytest.param({"method": "full", "examples_per_class": 2.0, "seconds_left": 50.0}, None, id="full insists"),

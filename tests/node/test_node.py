@@ -138,7 +138,14 @@ def test_a_lost_pod_is_retried_and_the_job_completes(team: Any) -> None:
 
 
 def test_too_little_memory_fails_with_the_cause_and_more_memory_mends_it(team: Any) -> None:
-    team.apply("small", resources={"cpu": "400m", "memory": "120Mi"})
+    # Enough for the imports, and less than half of what the first batch takes: with a limit that the imports alone come close
+    # to, the kernel reads the libraries again and again instead of killing the process.
+    team.apply(
+        "small",
+        method={"type": "probe"},
+        hyperparameters={"imageSize": 320},
+        resources={"cpu": "400m", "memory": "700Mi"},
+    )
     team.wait("small", "Failed")
 
     failure = team.job("small")["status"]["failure"]
@@ -147,7 +154,8 @@ def test_too_little_memory_fails_with_the_cause_and_more_memory_mends_it(team: A
     assert 1 == team.job("small")["status"]["restarts"]
 
     team.kubectl("patch", "ftj", "small", "--type=merge", "-p", '{"spec":{"resources":{"cpu":"900m","memory":"3Gi"}}}')
-    team.wait("small", "Complete")
+    team.wait("small", "Running")
+    assert "Complete" == team.wait("small", "Complete", "Failed")
 
 
 @pytest.fixture(scope="session")

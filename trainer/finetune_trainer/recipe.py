@@ -6,8 +6,9 @@ from finetune_api.v1alpha1 import Hyperparameters, MethodType
 
 # Below this many examples a class has too little to fine-tune on, and the probe is the better model.
 MIN_EXAMPLES_PER_CLASS = 10
-# Fewer passes over the data than this do not reward the disturbance of fine-tuning.
-MIN_EPOCHS = 3
+# Less than one pass over the data is not worth the time; a short fine-tuning costs nothing but budget, as the best candidate on
+# the validation data is published.
+MIN_EPOCHS = 1
 # Fewer examples than this do not support new statistics of batch normalisation, nor new filters in the first stages.
 SMALL_DATA = 10_000
 # A probe that is right this often leaves less to gain than the noise of the validation data.

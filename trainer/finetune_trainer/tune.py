@@ -101,7 +101,7 @@ def find_reason_to_skip(
         return f"the probe is right on {probe_accuracy:.1%} in cross-validation, which leaves nothing to gain"
     seconds_needed = least_steps * step_seconds
     if seconds_left is not None and seconds_left < seconds_needed:
-        return f"{seconds_left:.0f} s of the budget are left, and {MIN_EPOCHS} epochs take about {seconds_needed:.0f} s"
+        return f"{seconds_left:.0f} s of the budget are left, and one pass over the data takes about {seconds_needed:.0f} s"
     return None
 
 
