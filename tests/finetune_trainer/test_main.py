@@ -172,7 +172,7 @@ def test_sigterm_is_exit_code_75_and_the_restart_goes_on(make_pictures: Any, mak
     assert process.returncode == ExitCode.PREEMPTED, errors
     assert time.monotonic() - sent < 5
     assert TrainerReport.model_validate_json(last.read_text()).failure
-    assert list((tmp_path / "output/.finetune").glob("checkpoint-*-probe"))
+    assert list((tmp_path / "output/.finetune/checkpoints").glob("checkpoint-*-probe"))
     assert not (tmp_path / "output/COMPLETE").exists()
 
 

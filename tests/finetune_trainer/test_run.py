@@ -113,7 +113,7 @@ def test_preempted_job_goes_on_from_its_features_and_its_probe(
     probes: set[str] = set()
 
     def note_probes() -> None:
-        probes.update(path.name for path in (tmp_path / "output/.finetune").glob("checkpoint-*-probe"))
+        probes.update(path.name for path in (tmp_path / "output/.finetune/checkpoints").glob("checkpoint-*-probe"))
 
     resumed = run_job(config, check=note_probes)
 
