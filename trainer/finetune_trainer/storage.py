@@ -149,7 +149,9 @@ class ObjectStorage:
     def rename_folder(self, name: str, new_name: str) -> None:
         """Copy the objects, then remove them."""
         with _translated():
-            self._files.mv(f"{self._root}/{name}", f"{self._root}/{new_name}", recursive=True)
+            for path in self._files.find(f"{self._root}/{name}"):
+                self._files.cp_file(path, f"{self._root}/{new_name}/{path.rpartition('/')[2]}")
+                self._files.rm_file(path)
 
     def remove_folder(self, name: str) -> None:
         """Remove the objects, those that make the folder whole first."""
