@@ -147,8 +147,9 @@ def run_until() -> RunUntil:
 
     def carry_out(config: TrainerConfig, phase: Phase, *, after: int = 1, num_workers: int | None = None) -> None:
         progress = StoppingProgress(phase, after=after)
+        budget = Budget(config.training_seconds, time.monotonic())
         with pytest.raises(PreemptedError):
-            run(config, budget=Budget(None, 0.0), check=progress.check, progress=progress, num_workers=num_workers)
+            run(config, budget=budget, check=progress.check, progress=progress, num_workers=num_workers)
 
     return carry_out
 

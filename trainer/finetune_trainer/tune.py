@@ -57,7 +57,7 @@ class StepKeeper:
     def save(self, snapshot: Snapshot) -> None:
         """Save a checkpoint."""
         step = int(snapshot.state["pace"]["done"])
-        samples = step * min(self.plan.recipe.batch_size, len(self.job.dataset.positions[Split.TRAIN]))
+        samples = _count_samples(self.job, self.plan.recipe, step)
         state = {"learner": snapshot.state, "plan": asdict(self.plan)}
         self.job.checkpoints.save(STEPS, tensors=snapshot.tensors, state=state, step=step, samples=samples)
 
@@ -195,7 +195,7 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
         "recipe": asdict(recipe),
     }
     tuning = Tuning(recipe, tuned, _describe_cut(recipe, last.pace.done), details)
-    _save_tuning(job, tuning, tuned)
+    _save_tuning(job, tuning, tuned, step=last.pace.done)
     return tuning
 
 
@@ -219,11 +219,16 @@ def _estimate_reserve(job: Job, plan: Plan) -> float:
     return PUBLISH_SECONDS + UNSTEADINESS * num_pictures * plan.picture_seconds
 
 
-def _save_tuning(job: Job, tuning: Tuning, tuned: FineTuned) -> None:
+def _count_samples(job: Job, recipe: Recipe, step: int) -> int:
+    return step * min(recipe.batch_size, len(job.dataset.positions[Split.TRAIN]))
+
+
+def _save_tuning(job: Job, tuning: Tuning, tuned: FineTuned, *, step: int) -> None:
     tensors = {f"weights/{name}": tensor for name, tensor in tuned.weights.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in tuned.average.items()}
     state = {"notes": list(tuning.notes), "details": tuning.details, "recipe": asdict(tuning.recipe)}
-    job.checkpoints.save(STAGE, tensors=tensors, state=state)
+    samples = _count_samples(job, tuning.recipe, step)
+    job.checkpoints.save(STAGE, tensors=tensors, state=state, step=step, samples=samples)
 
 
 def _load_tuning(job: Job, *, like: Weights) -> Tuning | None:
