@@ -1,9 +1,14 @@
 """The command line, and the only reader of the environment: a trainer pod without arguments, else `run` and `predict`."""
 
+import signal
+
+if __name__ == "__main__":
+    # The kernel drops a signal for process 1 of a container that has no handler yet; one that is blocked waits for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
 import argparse
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options = _build_parser().parse_args(arguments)
     if options.command == "predict":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return predict(options.model_dir, options.images)
     if options.command == "run":
         return run_locally(options.job, local.Paths(options.output, options.data, options.model), num_workers=options.workers)

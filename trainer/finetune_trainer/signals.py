@@ -39,6 +39,7 @@ class StopFlag:
         os.set_blocking(writer, False)
         before = {number: signal.signal(number, self._receive) for number in signals}
         earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         watcher = threading.Thread(target=self._watch, args=(reader, frozenset(signals)), name="signals", daemon=True)
         watcher.start()
         try:
