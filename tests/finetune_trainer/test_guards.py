@@ -14,6 +14,8 @@ from finetune_trainer.backbone import Backbone, Classifier, load_backbone
 from finetune_trainer.batches import TrainingSet
 from finetune_trainer.device import Device
 from finetune_trainer.errors import DivergedError, OutOfMemoryError, PreemptedError
+from finetune_trainer.evaluate import compute_logits
+from finetune_trainer.features import compute_features
 from finetune_trainer.finetune import FineTuned, finetune
 from finetune_trainer.guard import find_trouble
 from finetune_trainer.learner import Snapshot
@@ -217,7 +219,7 @@ def test_training_gives_up_after_three_times(backbone: Backbone) -> None:
     assert int(caught.value.exit_code) == 70
 
 
-def limit_memory(model: Classifier, *, largest: int) -> None:
+def limit_memory(model: torch.nn.Module, *, largest: int) -> None:
     """Fail as the allocator does for batches beyond a size, after the forward pass has changed the statistics."""
 
     def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> None:
@@ -275,3 +277,33 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         MicroBatches().run(fail, batch_size=8)
+
+
+def test_evaluation_and_features_get_by_with_little_memory(backbone: Backbone, tmp_path: Path) -> None:
+    pixels = torch.randint(0, 255, (40, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    device, memory = Device("cpu", Precision.FP32), MicroBatches()
+    limit_memory(next(backbone.model.children()), largest=8)
+    model = build(backbone)
+
+    logits = compute_logits(
+        model,
+        pixels,
+        torch.arange(40),
+        preprocessing=backbone.architecture.preprocessing,
+        device=device,
+        check=lambda: None,
+        memory=memory,
+    )
+    features = compute_features(
+        backbone,
+        pixels,
+        torch.arange(40),
+        [f"{number:064x}" for number in range(40)],
+        device=device,
+        cache=tmp_path / "features",
+        check=lambda: None,
+        advance=lambda _fraction: None,
+        memory=memory,
+    )
+
+    assert (len(logits), len(features.f_ND), memory.parts) == (40, 40, 4)

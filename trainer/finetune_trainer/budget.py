@@ -64,6 +64,10 @@ class ElapsedFile:
         except OSError as error:
             logger.warning("the elapsed time is not kept in %s: %s", self._path, error)
 
+    def remove(self) -> None:
+        """Forget the time, once the run is over."""
+        self._path.unlink(missing_ok=True)
+
 
 def read_process_start(stat: Path = Path("/proc/self/stat")) -> float:
     """Return when this process started, on the scale of time.monotonic(): imports take seconds and count as well."""

@@ -154,7 +154,8 @@ class Checkpoints:
             return False
         logger.info("saved %s", name)
         self._announce(manifest)
-        self._prune(stage)
+        for name in self._list(stage)[self._writer.keep :]:
+            self._remove(name)
         return True
 
     def note_progress(self) -> None:
@@ -163,7 +164,7 @@ class Checkpoints:
 
     def load(self, stage: str) -> Checkpoint | None:
         """Return the newest checkpoint of a stage that verifies and has this identity; broken ones are set aside."""
-        for name in self._list(stage):
+        for name in self._list(stage, must=True):
             try:
                 manifest = self._read_manifest(name)
                 if find_differences(manifest.identity, self._identity):
@@ -181,13 +182,13 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, once what they lead to is published."""
-        for name in self._storage.list_folders():
+        for name in self._list_folders():
             if name.startswith((PREFIX, ASIDE)):
                 self._remove(name)
 
     def _refuse_other_settings(self) -> None:
         """Say why the newest checkpoint is not resumed from, if it comes from other settings."""
-        for name in self._list():
+        for name in self._list(must=True):
             try:
                 manifest = self._read_manifest(name)
             except (ValueError, OSError):
@@ -227,10 +228,20 @@ class Checkpoints:
             self._warnings.extend(text for text in manifest.warnings if text not in self._warnings)
         self._announce(manifest)
 
-    def _list(self, stage: str | None = None) -> list[str]:
+    def _list(self, stage: str | None = None, *, must: bool = False) -> list[str]:
         """Return the checkpoints of a stage, or of all, the newest first."""
-        names = [name for name in self._storage.list_folders() if name.startswith(PREFIX)]
+        names = [name for name in self._list_folders(must=must) if name.startswith(PREFIX)]
         return sorted((name for name in names if stage is None or _read_stage(name) == stage), key=_read_number, reverse=True)
+
+    def _list_folders(self, *, must: bool = False) -> list[str]:
+        """Return the folders; only who wants to read one must know of them, who tidies up need not."""
+        try:
+            return self._storage.list_folders()
+        except OSError as error:
+            if must:
+                raise StorageError("CheckpointStoreUnavailable", f"the checkpoints cannot be listed: {error}") from error
+            logger.warning("the checkpoints cannot be listed: %s", error)
+            return []
 
     def _next_number(self) -> int:
         return 1 + max(map(_read_number, self._storage.list_folders()), default=0)
@@ -259,10 +270,6 @@ class Checkpoints:
             raise StorageError("CheckpointStoreUnavailable", f"{name} cannot be read: {error}") from error
         self._set_aside(name, error)
 
-    def _prune(self, stage: str) -> None:
-        for name in self._list(stage)[self._writer.keep :]:
-            self._remove(name)
-
     def _remove(self, name: str) -> None:
         try:
             self._storage.remove_folder(name)
@@ -280,7 +287,11 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
 
 def read_elapsed_seconds(storage: Storage, *, run: str) -> float:
     """Return the time that earlier attempts of the run had used up when they last saved."""
-    for name in sorted(storage.list_folders(), key=_read_number, reverse=True):
+    try:
+        names = sorted(storage.list_folders(), key=_read_number, reverse=True)
+    except OSError as error:
+        raise StorageError("CheckpointStoreUnavailable", f"the checkpoints cannot be listed: {error}") from error
+    for name in names:
         try:
             manifest = read_manifest(storage, name)
         except (ValueError, OSError):

@@ -115,7 +115,7 @@ def _batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     known: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             shard = safetensors.torch.load_file(path)
             names = [bytes(row).hex() for row in shard["digests"].numpy()]

@@ -62,9 +62,12 @@ def run(
         job = _prepare_job(
             config, storage, fence, budget=budget, check=check_and_count, progress=progress, num_workers=num_workers
         )
-        return _carry_out(job)
-    finally:
+        report = _carry_out(job)
+    except BaseException:
         elapsed.write()
+        raise
+    elapsed.remove()
+    return report
 
 
 def _carry_out(job: Job) -> TrainerReport:
