@@ -24,8 +24,8 @@ MAX_STEPS = 40
 INTERVAL_SECONDS = 2
 # With the log of every step, which users do not get.
 _PROGRAM = (
-    "import logging, sys; from finetune_trainer.__main__ import main; "
-    "logging.getLogger('finetune_trainer.finetune').setLevel(logging.DEBUG); sys.exit(main())"
+    "import logging; from finetune_trainer.__main__ import enter; "
+    "logging.getLogger('finetune_trainer.finetune').setLevel(logging.DEBUG); enter()"
 )
 _STEP = re.compile(r"step (\d+) done")
 _RESUMED = re.compile(r"fine-tuning goes on after step (\d+)")

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import names
 from finetune_api.contract import ExitCode, FailureReport, TrainerConfig, TrainerReport
@@ -47,6 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "run":
         return run_locally(options.job, local.Paths(options.output, options.data, options.model), num_workers=options.workers)
     return run_in_pod(options.termination_message_file)
+
+
+def enter() -> NoReturn:
+    """Run the command line and end the process.
+
+    The interpreter would take torch apart first, for seconds on a busy machine, when all is written and the kubelet is waiting.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_in_pod(termination_message_file: Path) -> int:
@@ -190,4 +202,4 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter()
