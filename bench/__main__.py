@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-NAMES = ("features", "step", "tasks", "tutorial", "operator")
+NAMES = ("features", "step", "tasks", "tutorial", "operator", "kills")
 
 
 def main() -> int:

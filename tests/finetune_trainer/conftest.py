@@ -2,12 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch loads: threads that wait actively make tests slow on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # noqa: TID251
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -16,7 +22,8 @@ import torch
 from finetune_api.contract import TrainerConfig, TrainerReport, build_trainer_config
 from finetune_api.v1alpha1 import FineTuneJobSpec
 from finetune_trainer.budget import Budget
-from finetune_trainer.progress import Progress
+from finetune_trainer.errors import PreemptedError
+from finetune_trainer.progress import Phase, Progress
 from finetune_trainer.run import run
 from PIL import Image
 
@@ -24,6 +31,9 @@ MakePictures = Callable[..., Path]
 MakeConfig = Callable[..., TrainerConfig]
 RunJob = Callable[..., TrainerReport]
 
+RunUntil = Callable[..., None]
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 COLOURS = {"amber": (200, 140, 20), "blue": (30, 60, 200), "green": (40, 160, 60), "violet": (140, 40, 170)}
 
 
@@ -93,12 +103,89 @@ def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
     return make
 
 
+class StoppingProgress(Progress):
+    """Stops the job at a place that its own reports name: a phase, and how much of it must be done."""
+
+    def __init__(self, phase: Phase, *, after: int = 1) -> None:
+        super().__init__(Budget(None, 0.0), (), with_finetune=True)
+        self._stop_phase = phase
+        self._calls_left = after
+        self._stopping = False
+
+    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
+        super().advance(fraction, remaining_seconds=remaining_seconds)
+        if self._phase is self._stop_phase:
+            self._calls_left -= 1
+            self._stopping = self._calls_left <= 0
+
+    def check(self) -> None:
+        """Raise what a SIGTERM raises, once the place is reached."""
+        if self._stopping or (self._calls_left <= 0 and self._phase is self._stop_phase):
+            raise PreemptedError("Preempted", "stopped")
+
+
 @pytest.fixture
 def run_job() -> RunJob:
     """Carry out a job in this process."""
 
-    def carry_out(config: TrainerConfig, check: Callable[[], None] = lambda: None, budget: Budget | None = None) -> TrainerReport:
+    def carry_out(
+        config: TrainerConfig,
+        check: Callable[[], None] = lambda: None,
+        budget: Budget | None = None,
+        num_workers: int | None = None,
+    ) -> TrainerReport:
         budget = budget or Budget(None, 0.0)
-        return run(config, budget=budget, check=check, progress=Progress(budget, (), with_finetune=True))
+        progress = Progress(budget, (), with_finetune=True)
+        return run(config, budget=budget, check=check, progress=progress, num_workers=num_workers)
 
     return carry_out
+
+
+@pytest.fixture
+def run_until() -> RunUntil:
+    """Carry out a job until it is asked to stop at a place."""
+
+    def carry_out(config: TrainerConfig, phase: Phase, *, after: int = 1, num_workers: int | None = None) -> None:
+        progress = StoppingProgress(phase, after=after)
+        budget = Budget(config.training_seconds, time.monotonic())
+        with pytest.raises(PreemptedError):
+            run(config, budget=budget, check=progress.check, progress=progress, num_workers=num_workers)
+
+    return carry_out
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """A real S3 server on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_port(port, server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def wait_for_port(port: int, server: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    pytest.fail("the S3 server does not answer")
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{secrets.token_hex(8)}"
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+    return f"s3://{name}/some/where"

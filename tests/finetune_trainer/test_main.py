@@ -172,8 +172,28 @@ def test_sigterm_is_exit_code_75_and_the_restart_goes_on(make_pictures: Any, mak
     assert process.returncode == ExitCode.PREEMPTED, errors
     assert time.monotonic() - sent < 5
     assert TrainerReport.model_validate_json(last.read_text()).failure
-    assert list((tmp_path / "output/.finetune").glob("checkpoint-*-probe"))
+    assert list((tmp_path / "output/.finetune/checkpoints").glob("checkpoint-*-probe"))
     assert not (tmp_path / "output/COMPLETE").exists()
+
+
+def test_sigterm_that_comes_before_everything_else_is_not_lost(make_pictures: Any, make_config: Any) -> None:
+    config = make_config(make_pictures(count=4), method={"type": "probe"})
+    process = start(config=config.model_dump_json(by_alias=True))
+    deadline = time.monotonic() + 30
+    while not has_taken_over(signal.SIGTERM, process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == ExitCode.PREEMPTED, errors
+
+
+def has_taken_over(number: signal.Signals, pid: int) -> bool:
+    """Return whether a process blocks or catches a signal."""
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return any(int(lines[mask], 16) >> (number - 1) & 1 for mask in ("SigBlk", "SigCgt"))
 
 
 def write_job(tmp_path: Path, **spec: Any) -> Path:

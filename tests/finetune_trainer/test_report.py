@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from finetune_api.contract import FailureReport, TrainerReport
-from finetune_api.v1alpha1 import Metric, OutputStatus, Result, ResultMetric, TrainerStatus
+from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, ResultMetric, TrainerStatus
 from finetune_trainer.budget import Budget
 from finetune_trainer.progress import Phase, Progress
 from finetune_trainer.report import Poster, Receiver, fit_termination_message, post_report, write_termination_message
@@ -167,6 +167,9 @@ def make_result(num_warnings: int = 16, length: int = 1000) -> Result:
     return Result(candidate="probe", metrics=metrics, warnings=tuple("\u00e4" * length for _ in range(num_warnings)))
 
 
+CHECKPOINT = CheckpointStatus(step=1200, samples=38_400, time=datetime.datetime(2026, 1, 17, tzinfo=datetime.UTC), attempt=3)
+
+
 @pytest.mark.parametrize(
     "report",
     [
@@ -177,11 +180,14 @@ def make_result(num_warnings: int = 16, length: int = 1000) -> Result:
         ),
     ],
 )
-def test_termination_message_fits(report: TrainerReport) -> None:
+def test_termination_message_fits_and_tells_of_the_checkpoint(report: TrainerReport) -> None:
+    report = report.model_copy(update={"checkpoint": CHECKPOINT})
+
     message = fit_termination_message(report)
 
     assert len(message) <= 4096
     kept = TrainerReport.model_validate_json(message)
+    assert kept.checkpoint == CHECKPOINT
     assert (kept.output, kept.failure and kept.failure.reason) == (report.output, report.failure and report.failure.reason)
     if report.result:
         assert kept.result

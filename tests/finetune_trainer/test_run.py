@@ -113,7 +113,7 @@ def test_preempted_job_goes_on_from_its_features_and_its_probe(
     probes: set[str] = set()
 
     def note_probes() -> None:
-        probes.update(path.name for path in (tmp_path / "output/.finetune").glob("checkpoint-*-probe"))
+        probes.update(path.name for path in (tmp_path / "output/.finetune/checkpoints").glob("checkpoint-*-probe"))
 
     resumed = run_job(config, check=note_probes)
 
@@ -124,19 +124,12 @@ def test_preempted_job_goes_on_from_its_features_and_its_probe(
     assert resumed.result == uninterrupted.result
 
 
-def test_interrupted_feature_pass_keeps_what_it_has(make_pictures: Any, make_config: Any, run_job: Any, tmp_path: Path) -> None:
+def test_interrupted_feature_pass_keeps_what_it_has(
+    make_pictures: Any, make_config: Any, run_job: Any, run_until: Any, tmp_path: Path
+) -> None:
     config = make_config(make_pictures(count=50), method={"type": "probe"})
-    calls = 0
 
-    def stop_in_second_batch() -> None:
-        nonlocal calls
-        calls += 1
-        # The pictures are read in three parts of 64, the features computed in batches of 32.
-        if calls == 6:
-            raise PreemptedError("Preempted", "stopped")
-
-    with pytest.raises(PreemptedError):
-        run_job(config, check=stop_in_second_batch)
+    run_until(config, Phase.FEATURES, after=2)
     run_job(config)
 
     details = read_metrics(tmp_path / "output")["training"]["modelV0"]

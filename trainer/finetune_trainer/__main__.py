@@ -1,13 +1,19 @@
 """The command line, and the only reader of the environment: a trainer pod without arguments, else `run` and `predict`."""
 
+import signal
+
+if __name__ == "__main__":
+    # The kernel drops a signal for process 1 of a container that has no handler yet; one that is blocked waits for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
 import argparse
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import names
 from finetune_api.contract import ExitCode, FailureReport, TrainerConfig, TrainerReport
@@ -37,16 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options = _build_parser().parse_args(arguments)
     if options.command == "predict":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return predict(options.model_dir, options.images)
     if options.command == "run":
-        return run_locally(options.job, local.Paths(options.output, options.data, options.model))
+        return run_locally(options.job, local.Paths(options.output, options.data, options.model), num_workers=options.workers)
     return run_in_pod(options.termination_message_file)
+
+
+def enter() -> NoReturn:
+    """Run the command line and end the process.
+
+    The interpreter would take torch apart first, for seconds on a busy machine, when all is written and the kubelet is waiting.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_in_pod(termination_message_file: Path) -> int:
     """Carry out the job in the environment and report to the operator."""
     stop = StopFlag()
-    stop.install()
+    with stop.installed():
+        return _run_in_pod(termination_message_file, stop)
+
+
+def _run_in_pod(termination_message_file: Path, stop: StopFlag) -> int:
     url = os.environ.get(names.ENV_REPORT_URL)
     poster = Poster(Receiver(url, os.environ.get(names.ENV_REPORT_CA), os.environ.get(names.ENV_REPORT_TOKEN))) if url else None
     sinks = [poster.offer] if poster else []
@@ -56,6 +78,7 @@ def run_in_pod(termination_message_file: Path) -> int:
     except InvalidSpecError as error:
         code, report = _fail(error, Progress(Budget(None, started), sinks, with_finetune=True))
     else:
+        stop.grace_seconds = config.grace_seconds
         budget = Budget(config.training_seconds, started)
         code, report = _carry_out(config, _follow(config, budget, sinks), budget=budget, stop=stop)
     write_termination_message(termination_message_file, report)
@@ -64,10 +87,14 @@ def run_in_pod(termination_message_file: Path) -> int:
     return code
 
 
-def run_locally(job: Path, paths: local.Paths) -> int:
+def run_locally(job: Path, paths: local.Paths, *, num_workers: int | None) -> int:
     """Carry out the job of a YAML file with a progress bar."""
     stop = StopFlag()
-    stop.install((signal.SIGTERM, signal.SIGINT))
+    with stop.installed((signal.SIGTERM, signal.SIGINT)):
+        return _run_locally(job, paths, stop, num_workers=num_workers)
+
+
+def _run_locally(job: Path, paths: local.Paths, stop: StopFlag, *, num_workers: int | None) -> int:
     try:
         config = local.read_job(job, paths)
     except InvalidSpecError as error:
@@ -75,7 +102,8 @@ def run_locally(job: Path, paths: local.Paths) -> int:
         return error.exit_code
     with local.Bar() as bar:
         budget = Budget(config.training_seconds, read_process_start())
-        code, report = _carry_out(config, _follow(config, budget, [bar.show]), budget=budget, stop=stop)
+        progress = _follow(config, budget, [bar.show])
+        code, report = _carry_out(config, progress, budget=budget, stop=stop, num_workers=num_workers)
     if report.failure:
         print(f"{report.failure.reason}: {report.failure.message}", file=sys.stderr)
     if report.result:
@@ -103,12 +131,14 @@ def predict(model_dir: Path, images: Sequence[Path]) -> int:
     return ExitCode.COMPLETE
 
 
-def _carry_out(config: TrainerConfig, progress: Progress, *, budget: Budget, stop: StopFlag) -> tuple[int, TrainerReport]:
+def _carry_out(
+    config: TrainerConfig, progress: Progress, *, budget: Budget, stop: StopFlag, num_workers: int | None = None
+) -> tuple[int, TrainerReport]:
     """Run the job; whatever happens becomes an exit code and a last report."""
     try:
         from finetune_trainer.run import run  # noqa: PLC0415  torch takes seconds to import
 
-        return ExitCode.COMPLETE, run(config, budget=budget, check=stop.check, progress=progress)
+        return ExitCode.COMPLETE, run(config, budget=budget, check=stop.check, progress=progress, num_workers=num_workers)
     except TrainerError as error:
         return _fail(error, progress)
     except Exception as error:  # noqa: BLE001  the edge of the process: a bug is reported like any other end
@@ -138,6 +168,13 @@ def _parse_config(text: str | None) -> TrainerConfig:
         raise InvalidSpecError("InvalidSpec", f"{names.ENV_TRAINER_CONFIG}: {local.describe(error)}") from error
 
 
+def _parse_count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{count} is negative; give 0 or more")
+    return count
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="finetune-trainer", description="Fine-tune a pretrained image model.")
     parser.add_argument(
@@ -152,6 +189,12 @@ def _build_parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the model, in place of output.uri")
     run.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, in place of dataset.uri")
     run.add_argument("--model", type=Path, metavar="DIR", help="folder of the pretrained model, in place of model.uri")
+    run.add_argument(
+        "--workers",
+        type=_parse_count,
+        metavar="N",
+        help="threads that draw batches ahead (default: 2 with a GPU, else 0); same result",
+    )
     predict_parser = commands.add_parser("predict", help="print labels with probabilities for pictures")
     predict_parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
     predict_parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
@@ -159,4 +202,4 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter()

@@ -7,11 +7,15 @@ from pathlib import Path
 def write_file(path: Path, content: bytes) -> None:
     """Write through a temporary file beside `path`, flushed to the disk before it gets its name."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

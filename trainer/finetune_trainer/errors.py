@@ -5,7 +5,9 @@ TrainerError
 |-- InvalidDataError     65  the data cannot be learnt from
 |-- DivergedError        70  the loss is no longer a number
 |-- PreemptedError       75  asked to stop; what was done is saved
-`-- ModelNotFoundError   78  the pretrained model is not where the job says
+|-- ModelNotFoundError   78  the pretrained model is not where the job says
+|-- OutOfMemoryError      1  one picture at a time is already too much
+`-- StorageError          1  the checkpoints or the model cannot be stored
 
 Everything else that is raised is a bug or the machine.
 """
@@ -45,7 +47,7 @@ class InvalidDataError(TrainerError):
 
 
 class DivergedError(TrainerError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or beyond all bounds."""
 
     exit_code = ExitCode.DIVERGED
 
@@ -60,6 +62,14 @@ class ModelNotFoundError(TrainerError):
     """The pretrained model is not where the job says."""
 
     exit_code = ExitCode.MODEL_NOT_FOUND
+
+
+class OutOfMemoryError(TrainerError):
+    """One picture at a time is already too much."""
+
+
+class StorageError(TrainerError):
+    """What was computed cannot be stored."""
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:

@@ -3,6 +3,7 @@
 Shapes: N examples, K classes.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune_trainer.backbone import Preprocessing
 from finetune_trainer.device import Device
+from finetune_trainer.memory import MicroBatches
 
 BATCH_SIZE = 32
 NUM_BINS = 15
@@ -55,16 +57,25 @@ def compute_logits(
     preprocessing: Preprocessing,
     device: Device,
     check: Callable[[], None],
+    memory: MicroBatches | None = None,
 ) -> Tensor:
     """Return the logits z_NK of the pictures at `index_N`."""
     model.eval()
-    parts = []
+    memory = memory or MicroBatches()
+
+    def compute(index_B: Tensor, parts: int) -> Tensor:
+        rows = []
+        for index_b in index_B.chunk(parts):
+            pixels_bHWC = pixels_NHWC[index_b.to(pixels_NHWC.device)].to(device.name)
+            with device.autocast():
+                rows.append(model(preprocessing.normalise(pixels_bHWC.permute(0, 3, 1, 2))).float().cpu())
+        return torch.cat(rows)
+
+    logits = []
     for index_B in torch.split(index_N, BATCH_SIZE):
         check()
-        pixels_BHWC = pixels_NHWC[index_B.to(pixels_NHWC.device)].to(device.name)
-        with device.autocast():
-            parts.append(model(preprocessing.normalise(pixels_BHWC.permute(0, 3, 1, 2))).float().cpu())
-    return torch.cat(parts)
+        logits.append(memory.run(functools.partial(compute, index_B), batch_size=len(index_B)))
+    return torch.cat(logits)
 
 
 def fit_temperature(z_NK: Tensor, y_N: Tensor) -> float:
@@ -86,14 +97,22 @@ def fit_temperature(z_NK: Tensor, y_N: Tensor) -> float:
 
 
 def evaluate(
-    split: str, z_NK: Tensor, y_N: Tensor, *, temperature: float, labels: tuple[str, ...], majority: int, seed: int
+    split: str,
+    z_NK: Tensor,
+    y_N: Tensor,
+    *,
+    temperature: float,
+    labels: tuple[str, ...],
+    majority: int,
+    seed: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Return the metrics of logits on one split, named after it; `majority` is the most frequent class in training."""
     y = y_N.numpy().astype(np.int64)
     before, after = _softmax(z_NK, 1.0), _softmax(z_NK, temperature)
     predicted = after.argmax(1)
     point = _measure(y, predicted, after, num_classes=len(labels))
-    intervals = _bootstrap(y, predicted, after, num_classes=len(labels), seed=seed)
+    intervals = _bootstrap(y, predicted, after, num_classes=len(labels), seed=seed, check=check)
     measurements = tuple(
         Measurement(f"{split}_{name}", value, *intervals.get(name, (None, None))) for name, value in point.items()
     )
@@ -141,11 +160,12 @@ def _measure(y: Integers, predicted: Integers, probability: Floats, *, num_class
 
 
 def _bootstrap(
-    y: Integers, predicted: Integers, probability: Floats, *, num_classes: int, seed: int
+    y: Integers, predicted: Integers, probability: Floats, *, num_classes: int, seed: int, check: Callable[[], None]
 ) -> dict[str, tuple[float, float]]:
     generator = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {}
     for _ in range(NUM_RESAMPLES if len(y) <= MAX_RESAMPLED else NUM_RESAMPLES // 10):
+        check()
         drawn = generator.integers(len(y), size=len(y))
         for name, value in _measure(y[drawn], predicted[drawn], probability[drawn], num_classes=num_classes).items():
             samples.setdefault(name, []).append(value)

@@ -4,9 +4,11 @@ The cache is a folder per backbone and preprocessing with shards that are only e
 pictures' contents beside their features, so renamed or re-split data is found again.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from finetune_trainer.backbone import Backbone
 from finetune_trainer.device import Device
 from finetune_trainer.durable import write_file
 from finetune_trainer.errors import PreemptedError
+from finetune_trainer.memory import MicroBatches
 
 logger = logging.getLogger(__name__)
 
@@ -49,28 +52,37 @@ def compute_features(
     cache: Path,
     check: Callable[[], None],
     advance: Callable[[float], None],
+    interval_seconds: float = math.inf,
+    memory: MicroBatches | None = None,
+    kept: Callable[[], None] = lambda: None,
 ) -> Features:
-    """Return the features of the pictures at `index_N`, whose contents have these digests; what is not cached is computed."""
+    """Return the features of the pictures at `index_N`, whose contents have these digests; what is not cached is computed.
+
+    What was computed goes into the cache at least every `interval_seconds`, which `kept` is told.
+    """
     folder = cache / compute_key(backbone, device=device)
     known = _read_shards(folder)
     num_cached = sum(digest in known for digest in digests)
     missing = {digest: int(index) for digest, index in zip(digests, index_N, strict=True) if digest not in known}
-    started = time.perf_counter()
+    started = written = time.perf_counter()
+    memory = memory or MicroBatches()
     fresh: dict[str, Tensor] = {}
     try:
         for names in _batched(list(missing), BATCH_SIZE):
             check()
             batch = pixels_NHWC[torch.tensor([missing[name] for name in names])]
-            fresh |= zip(names, _extract(backbone, batch, device=device), strict=True)
+            fresh |= zip(names, _extract(backbone, batch, device=device, memory=memory), strict=True)
             advance(len(known.keys() | fresh.keys()) / max(1, len(set(digests))))
-            if len(fresh) >= PICTURES_PER_SHARD:
-                known |= _write_shard(folder, fresh)
-                fresh = {}
+            if len(fresh) >= PICTURES_PER_SHARD or time.perf_counter() - written >= interval_seconds:
+                known |= _write_shard(folder, fresh, report=memory.report)
+                fresh, written = {}, time.perf_counter()
+                kept()
     except PreemptedError:
-        _write_shard(folder, fresh)
+        _write_shard(folder, fresh, report=memory.report)
+        kept()
         raise
     compute_seconds = time.perf_counter() - started
-    known |= _write_shard(folder, fresh)
+    known |= _write_shard(folder, fresh, report=memory.report)
     f_ND = torch.stack([known[digest] for digest in digests])
     return Features(f_ND, num_cached, compute_seconds, len(missing))
 
@@ -85,11 +97,16 @@ def compute_key(backbone: Backbone, *, device: Device) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device) -> Tensor:
-    with torch.inference_mode(), device.autocast():
-        x_BCHW = backbone.architecture.preprocessing.normalise(pixels_BHWC.to(device.name).permute(0, 3, 1, 2))
-        f_BD = backbone.extract(x_BCHW)
-    return f_BD.float().cpu()
+def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device, memory: MicroBatches) -> Tensor:
+    def extract(parts: int) -> Tensor:
+        rows = []
+        for pixels_bHWC in pixels_BHWC.chunk(parts):
+            with torch.inference_mode(), device.autocast():
+                x_bCHW = backbone.architecture.preprocessing.normalise(pixels_bHWC.to(device.name).permute(0, 3, 1, 2))
+                rows.append(backbone.extract(x_bCHW).float().cpu())
+        return torch.cat(rows)
+
+    return memory.run(extract, batch_size=len(pixels_BHWC))
 
 
 def _batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -98,7 +115,7 @@ def _batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     known: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             shard = safetensors.torch.load_file(path)
             names = [bytes(row).hex() for row in shard["digests"].numpy()]
@@ -108,11 +125,17 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     return known
 
 
-def _write_shard(folder: Path, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    if features:
+def _write_shard(folder: Path, features: dict[str, Tensor], *, report: Callable[[str], None]) -> dict[str, Tensor]:
+    """Add the features to the cache and return them; a full disk only means that a restart computes them again."""
+    if not features:
+        return features
+    rows = np.stack([np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in features])
+    content = safetensors.torch.save({"digests": torch.from_numpy(rows), "features": torch.stack(list(features.values()))})
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = np.stack([np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in features])
-        shard = {"digests": torch.from_numpy(rows), "features": torch.stack(list(features.values()))}
-        content = safetensors.torch.save(shard)
         write_file(folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors", content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        report(f"features could not be kept on disk ({error.strerror}); a restart would compute them again")
     return features

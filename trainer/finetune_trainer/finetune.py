@@ -1,11 +1,12 @@
 """Fine-tune all layers from the probe's head: AdamW with layer-decayed rates that reach zero at the end of budget or plan."""
 
-import math
+import logging
 import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import timm.models
 import torch
@@ -15,11 +16,16 @@ from torch.nn import functional
 from finetune_trainer.backbone import Classifier, Preprocessing
 from finetune_trainer.batches import TrainingSet, draw_batch, mix_seed
 from finetune_trainer.device import Device
-from finetune_trainer.errors import DivergedError
+from finetune_trainer.errors import DivergedError, PreemptedError
+from finetune_trainer.guard import MAX_ROLLBACKS, RATE_FACTOR, STEPS_BETWEEN_VERDICTS, find_trouble
+from finetune_trainer.learner import Learner, Snapshot, Weights, build_learner, compute_average_weight
+from finetune_trainer.memory import MicroBatches
+from finetune_trainer.prefetch import Prefetcher
 from finetune_trainer.recipe import Recipe
 from finetune_trainer.schedule import Pace, compute_rate, count_steps_left
 
-Weights = dict[str, Tensor]
+logger = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_NOTES = 1.0
 
 
@@ -43,6 +49,77 @@ class FineTuned:
     average: Weights
 
 
+class Keeper(Protocol):
+    """Keeps snapshots outside of the process."""
+
+    def is_due(self) -> bool:
+        """Return whether it is time for a snapshot."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot."""
+
+    def load(self) -> Snapshot | None:
+        """Return the newest good snapshot."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the steps are computed from, and never change."""
+
+    training: TrainingSet
+    recipe: Recipe
+    preprocessing: Preprocessing
+    device: Device
+    seed: int
+    num_classes: int
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the pictures and labels of a step."""
+        recipe = self.recipe
+        return draw_batch(
+            self.training,
+            step,
+            batch_size=recipe.batch_size,
+            seed=self.seed,
+            smallest_crop=recipe.smallest_crop,
+            device=self.device.name,
+        )
+
+
+@dataclass
+class Meter:
+    """Measures the steps of this process, for people and for the length of the schedule under a budget."""
+
+    durations: deque[float]
+    started: float = field(default_factory=time.perf_counter)
+    noted: float = field(default_factory=time.perf_counter)
+    wait_seconds: float = 0.0
+    num_images: int = 0
+    num_steps: int = 0
+    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=20))
+
+    @property
+    def step_seconds(self) -> float:
+        """Return the median time of the latest steps."""
+        return statistics.median(self.durations)
+
+    def add(self, seconds: float, *, images: int, loss: Tensor) -> None:
+        """Take in a step; the first one replaces the guess."""
+        self.num_steps += 1
+        if self.num_steps == 1:
+            self.durations.clear()
+        self.durations.append(seconds)
+        self.num_images += images
+        self.losses.append(loss)
+
+    def describe(self, pace: Pace, steps_left: int) -> Note:
+        """Return how the fine-tuning stands."""
+        self.noted = time.perf_counter()
+        elapsed = self.noted - self.started
+        loss = float(torch.stack(tuple(self.losses)).mean())
+        return Note(pace, steps_left, self.step_seconds, loss, self.num_images / elapsed, self.wait_seconds / elapsed)
+
+
 def finetune(
     model: Classifier,
     training: TrainingSet,
@@ -55,57 +132,141 @@ def finetune(
     seconds_left: Callable[[], float | None],
     check: Callable[[], None],
     advance: Callable[[Note], None],
+    keeper: Keeper | None = None,
+    memory: MicroBatches | None = None,
+    num_workers: int = 0,
 ) -> tuple[FineTuned, Note]:
-    """Train `model` in place until the plan or the time is over; `step_seconds` is the first guess of a step's time."""
-    optimizer = torch.optim.AdamW(group_parameters(model, recipe), fused=True)
-    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    durations: deque[float] = deque([step_seconds], maxlen=20)
-    pace, wait_seconds, num_images, losses = Pace(), 0.0, 0, deque[Tensor](maxlen=20)
-    started = noted = time.perf_counter()
+    """Train `model` in place until the plan or the time is over; `step_seconds` is the first guess of a step's time.
+
+    With a keeper, the training goes on from the newest snapshot, and the bits of the result are those of an unbroken run.
+    """
+    memory = memory or MicroBatches()
+    course = Course(training, recipe, preprocessing, device, seed, model.head.out_features)
+    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    learner = build_learner(model, group_parameters(model, recipe), parts=memory.parts)
+    if keeper and (kept := keeper.load()):
+        step_seconds = learner.restore(kept)
+        memory.parts = learner.parts
+        logger.info("fine-tuning goes on after step %d", learner.pace.done)
+    meter = Meter(deque([step_seconds], maxlen=20))
     set_train_mode(model, freeze_batch_statistics=recipe.freeze_batch_statistics)
-    note: Note | None = None
-    while pace.progress < 1.0:
-        check()
-        begin = time.perf_counter()
-        median_seconds = statistics.median(durations)
-        # A step that took longer than expected may leave no time for the last one, which brings the rate to zero.
-        steps_left = max(
-            1, count_steps_left(pace.done, planned=recipe.planned_steps, seconds_left=seconds_left(), step_seconds=median_seconds)
-        )
-        stride = pace.next_stride(steps_left)
-        x_BCHW, y_B = draw_batch(
-            training, pace.done, batch_size=recipe.batch_size, seed=seed, smallest_crop=recipe.smallest_crop, device=device.name
-        )
-        wait_seconds += time.perf_counter() - begin
-
-        # Dropout depends on the step alone.
-        torch.manual_seed(mix_seed(seed, pace.done))
-        set_rate(optimizer, compute_rate(pace.progress + stride / 2, warmup_share=recipe.warmup_share))
-        with device.autocast():
-            loss = functional.cross_entropy(model(preprocessing.normalise(x_BCHW)), y_B)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm, foreach=True)
-        optimizer.step()
-        update_average(average, model, weight=1 - math.exp(-stride / recipe.ema_horizon))
-
-        pace = pace.step(steps_left)
-        losses.append(loss.detach())
-        num_images += len(y_B)
-        now = time.perf_counter()
-        if pace.done == 1:
-            durations.clear()
-        if pace.done % 10 == 0 or now - noted > SECONDS_BETWEEN_NOTES or pace.progress >= 1.0:
-            device.synchronize()
-            noted = now = time.perf_counter()
-            elapsed = noted - started
-            mean_loss = float(torch.stack(tuple(losses)).mean())
-            note = Note(pace, steps_left - 1, median_seconds, mean_loss, num_images / elapsed, wait_seconds / elapsed)
-            refuse_divergence(note)
-            advance(note)
-        durations.append(now - begin)
+    saved, note = learner.pace.done, None
+    with Prefetcher(course.draw, num_workers=num_workers) as batches:
+        while learner.pace.progress < 1.0:
+            try:
+                check()
+            except PreemptedError:
+                if learner.pace.done > saved:
+                    _save(keeper, learner, meter, course)
+                raise
+            if keeper and keeper.is_due() and learner.pace.done > saved and _save(keeper, learner, meter, course):
+                saved = learner.pace.done
+            # A step that took longer than expected may leave no time for the last one, which brings the rate to zero.
+            steps_left = max(
+                1,
+                count_steps_left(
+                    learner.pace.done,
+                    planned=recipe.planned_steps,
+                    seconds_left=seconds_left(),
+                    step_seconds=meter.step_seconds,
+                ),
+            )
+            _train_step(learner, course, meter, steps_left=steps_left, batches=batches, memory=memory)
+            done, is_last = learner.pace.done, learner.pace.progress >= 1.0
+            if done % STEPS_BETWEEN_VERDICTS == 0 or is_last:
+                device.synchronize()
+                trouble = find_trouble(learner.take_level(), learner.levels[:-1], num_classes=course.num_classes)
+                if trouble:
+                    _roll_back(learner, start, trouble, keeper=keeper, report=memory.report)
+                    saved = learner.pace.done
+                    continue
+            if done % STEPS_BETWEEN_VERDICTS == 0 or is_last or time.perf_counter() - meter.noted > SECONDS_BETWEEN_NOTES:
+                device.synchronize()
+                note = meter.describe(learner.pace, steps_left - 1)
+                advance(note)
     assert note is not None, "the loop ends with a note"
-    return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, average), note
+    return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, learner.average), note
+
+
+def _train_step(
+    learner: Learner, course: Course, meter: Meter, *, steps_left: int, batches: Prefetcher, memory: MicroBatches
+) -> None:
+    """Do one step of the optimizer."""
+    begin = time.perf_counter()
+    pace, recipe = learner.pace, course.recipe
+    stride = pace.next_stride(steps_left)
+    x_BCHW, y_B = batches.get(pace.done)
+    meter.wait_seconds += time.perf_counter() - begin
+    rate = compute_rate(pace.progress + stride / 2, warmup_share=recipe.warmup_share)
+    set_rate(learner.optimizer, rate * learner.rate_scale)
+    buffers = _copy_statistics(learner.model, recipe)
+
+    def compute(parts: int) -> Tensor:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        return _compute_gradients(learner, course, x_BCHW, y_B, parts=parts)
+
+    loss = memory.run(compute, batch_size=len(y_B))
+    learner.parts = memory.parts
+    nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm, foreach=True)
+    learner.optimizer.step()
+    learner.update_average(compute_average_weight(stride, horizon=recipe.ema_horizon))
+    learner.pace = pace.step(steps_left)
+    learner.recent.append(loss)
+    meter.add(time.perf_counter() - begin, images=len(y_B), loss=loss)
+    logger.debug("step %d done", learner.pace.done)
+
+
+def _compute_gradients(learner: Learner, course: Course, x_BCHW: Tensor, y_B: Tensor, *, parts: int) -> Tensor:
+    """Leave the gradients of the mean loss over the batch at the weights, and return that loss; parts bound the memory."""
+    learner.optimizer.zero_grad()
+    # Dropout depends on the step alone.
+    torch.manual_seed(mix_seed(course.seed, learner.pace.done))
+    total = torch.zeros((), device=x_BCHW.device)
+    for x_bCHW, y_b in zip(x_BCHW.chunk(parts), y_B.chunk(parts), strict=True):
+        share = len(y_b) / len(y_B)
+        with course.device.autocast():
+            loss = functional.cross_entropy(learner.model(course.preprocessing.normalise(x_bCHW)), y_b) * share
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        total += loss.detach()
+    return total
+
+
+def _copy_statistics(model: nn.Module, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    """Return the statistics that a forward pass changes, with copies, so that a pass can be repeated."""
+    return [] if recipe.freeze_batch_statistics else [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+def _save(keeper: Keeper | None, learner: Learner, meter: Meter, course: Course) -> bool:
+    """Keep the state unless its loss has gone wrong, which the next verdict deals with."""
+    if keeper is None:
+        return False
+    if learner.recent:
+        loss = float(torch.stack(learner.recent).mean())
+        if find_trouble(loss, learner.levels, num_classes=course.num_classes):
+            return False
+    keeper.save(learner.capture(meter.step_seconds))
+    return True
+
+
+def _roll_back(learner: Learner, start: Weights, trouble: str, *, keeper: Keeper | None, report: Callable[[str], None]) -> None:
+    """Go back to the last good state with a smaller learning rate, or give up."""
+    step, rate_scale, rollbacks = learner.pace.done, learner.rate_scale, learner.rollbacks
+    if rollbacks >= MAX_ROLLBACKS:
+        raise DivergedError(
+            "Diverged",
+            f"{trouble} at step {step}, after {rollbacks} times going back with a smaller learning rate; give a smaller "
+            "hyperparameters.learningRate, or precision fp32",
+        )
+    kept = keeper.load() if keeper else None
+    if kept:
+        learner.restore(kept)
+    else:
+        learner.start_over(start)
+    learner.rate_scale, learner.rollbacks = rate_scale * RATE_FACTOR, rollbacks + 1
+    report(
+        f"{trouble} at step {step}; went back to step {learner.pace.done} with {learner.rate_scale:.3g} times the learning rate"
+    )
 
 
 def group_parameters(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
@@ -154,22 +315,3 @@ def set_train_mode(model: nn.Module, *, freeze_batch_statistics: bool) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001  no public base class
                 module.eval()
-
-
-@torch.no_grad()
-def update_average(average: Weights, model: nn.Module, *, weight: float) -> None:
-    """Move the average towards the weights; counters are copied."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            average[name].lerp_(tensor, weight)
-        else:
-            average[name].copy_(tensor)
-
-
-def refuse_divergence(note: Note) -> None:
-    """Raise DivergedError if the loss is no number."""
-    if not math.isfinite(note.loss):
-        raise DivergedError(
-            "LossNotFinite",
-            f"the loss was {note.loss} at step {note.pace.done}; give a smaller hyperparameters.learningRate, or precision fp32",
-        )

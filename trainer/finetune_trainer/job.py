@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from finetune_trainer.backbone import Backbone, Classifier
 from finetune_trainer.budget import Budget
+from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.data import Split
 from finetune_trainer.dataset import Dataset
 from finetune_trainer.device import Device
 from finetune_trainer.evaluate import compute_logits
-from finetune_trainer.finetune import Weights
+from finetune_trainer.learner import Weights
+from finetune_trainer.memory import MicroBatches
 from finetune_trainer.probe import Head
 from finetune_trainer.progress import Progress
 
@@ -34,16 +36,15 @@ class Job:
     dataset: Dataset
     progress: Progress
     check: Callable[[], None]
+    checkpoints: Checkpoints
+    memory: MicroBatches
+    num_workers: int = 0
+    """Number of threads that draw batches ahead."""
 
     @property
     def work(self) -> Path:
-        """Return the folder for features and checkpoints."""
+        """Return the folder for features."""
         return Path(self.config.work_path)
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Return what a checkpoint depends on."""
-        return {"run": self.config.run, "data": self.dataset.audit.digest, "backbone": self.backbone.digest}
 
     @property
     def evaluated(self) -> dict[Split, Tensor]:
@@ -102,6 +103,7 @@ def classify(job: Job, model: nn.Module, index_N: Tensor) -> Tensor:
         preprocessing=job.backbone.architecture.preprocessing,
         device=job.device,
         check=job.check,
+        memory=job.memory,
     )
 
 

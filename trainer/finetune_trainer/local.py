@@ -1,7 +1,7 @@
 """Run a FineTuneJob from its YAML on this machine, without a cluster."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -44,6 +44,8 @@ def read_job(path: Path, paths: Paths) -> TrainerConfig:
         dataset_path=str(paths.data.absolute()) if paths.data else None,
         output_path=str(paths.output.absolute()),
     )
+    if spec.checkpoint.uri is None or claim_of(spec.checkpoint.uri):
+        config = config.model_copy(update={"checkpoint_path": str(PurePosixPath(config.work_path) / "checkpoints")})
     return config.model_copy(update={"model_path": str(paths.model.absolute())}) if paths.model else config
 
 

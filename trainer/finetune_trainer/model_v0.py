@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_trainer.checkpoint import load_checkpoint, save_checkpoint
 from finetune_trainer.data import Split
 from finetune_trainer.evaluate import fit_temperature
 from finetune_trainer.features import Features, compute_features
 from finetune_trainer.job import Choice, Job, build_classifier, copy_weights, measure_forward
-from finetune_trainer.probe import Head, Probe, fit_probe
+from finetune_trainer.probe import Head, Probe, Trials, fit_probe
 from finetune_trainer.progress import Phase
 from finetune_trainer.select import PROBE, score_logits
 
+TRIALS = "trials"
 # A rate of fewer pictures is mostly the first batch, which is slow.
 LEAST_TIMED = 256
 
@@ -72,11 +72,14 @@ def _compute_features(job: Job, index_N: Tensor) -> Features:
         cache=job.work / "features",
         check=job.check,
         advance=job.progress.advance,
+        interval_seconds=job.config.checkpoint_interval_seconds,
+        memory=job.memory,
+        kept=job.checkpoints.note_progress,
     )
 
 
 def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
-    kept = load_checkpoint(job.work, PROBE, identity=job.identity)
+    kept = job.checkpoints.load(PROBE)
     if kept is not None:
         return Probe(Head(kept.tensors["weight"], kept.tensors["bias"]), **kept.state)
     probe = fit_probe(
@@ -85,12 +88,26 @@ def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
         len(job.dataset.labels),
         seed=job.config.hyperparameters.seed,
         check=job.check,
+        trials=_load_trials(job),
+        keep=lambda trials, leaving: _keep_trials(job, trials, leaving=leaving),
     )
-    save_checkpoint(
-        job.work,
+    job.checkpoints.save(
         PROBE,
-        identity=job.identity,
         tensors={"weight": probe.head.weight_KD, "bias": probe.head.bias_K},
         state={"strength": probe.strength, "cv_accuracy": probe.cv_accuracy, "cv_nll": probe.cv_nll},
     )
     return probe
+
+
+def _load_trials(job: Job) -> Trials | None:
+    kept = job.checkpoints.load(TRIALS)
+    if kept is None:
+        return None
+    results = [(nll, strength, accuracy) for nll, strength, accuracy in kept.state["results"]]
+    return Trials(results, kept.tensors["weight"], kept.tensors["bias"])
+
+
+def _keep_trials(job: Job, trials: Trials, *, leaving: bool) -> None:
+    if trials.weight_DFK is not None and trials.bias_FK is not None and (leaving or job.checkpoints.is_due()):
+        tensors = {"weight": trials.weight_DFK, "bias": trials.bias_FK}
+        job.checkpoints.save(TRIALS, tensors=tensors, state={"results": trials.results})

@@ -54,6 +54,7 @@ def measure(job: Job, choice: Choice, *, notes: tuple[str, ...] = (), details: d
             labels=job.dataset.labels,
             majority=int(torch.bincount(y_train).argmax()),
             seed=job.config.hyperparameters.seed,
+            check=job.check,
         )
         for split, index_N in job.evaluated.items()
     }
@@ -62,7 +63,7 @@ def measure(job: Job, choice: Choice, *, notes: tuple[str, ...] = (), details: d
 
 def to_result(job: Job, outcome: Outcome) -> Result:
     """Return what goes into the status of the FineTuneJob."""
-    warnings = (*outcome.notes, *(finding.to_warning() for finding in job.dataset.audit.findings))
+    warnings = (*outcome.notes, *job.checkpoints.warnings, *(finding.to_warning() for finding in job.dataset.audit.findings))
     metrics = tuple(
         ResultMetric(name=item.name, value=f"{item.value:.4f}", low=_format(item.low), high=_format(item.high))
         for item in outcome.measurements

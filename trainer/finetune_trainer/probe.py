@@ -4,11 +4,13 @@ Shapes: N examples, D features, K classes, F folds.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from finetune_trainer.errors import PreemptedError
 
 NUM_FOLDS = 5
 # Half-decades, from strong to weak: each fit starts from the one before.
@@ -41,11 +43,41 @@ class Probe:
     cv_nll: float
 
 
-def fit_probe(f_ND: Tensor, y_N: Tensor, num_classes: int, *, seed: int, check: Callable[[], None]) -> Probe:
-    """Return the head with the strength that has the lowest cross-validated log loss."""
+@dataclass(frozen=True)
+class Trials:
+    """The strengths that were tried, and the weights of all folds after the last one, from which the next one starts."""
+
+    results: list[tuple[float, float, float]] = field(default_factory=list)
+    """Log loss, strength and accuracy of each."""
+    weight_DFK: Tensor | None = None
+    bias_FK: Tensor | None = None
+
+    def is_enough(self) -> bool:
+        """Return whether weaker strengths have become worse and worse, or none is left."""
+        best = min(range(len(self.results)), key=lambda i: self.results[i][0], default=0)
+        return len(self.results) == len(STRENGTHS) or len(self.results) - 1 - best >= PATIENCE
+
+
+KeepTrials = Callable[[Trials, bool], None]
+"""Receives the trials after each strength, and whether they must be kept at once because the process is leaving."""
+
+
+def fit_probe(
+    f_ND: Tensor,
+    y_N: Tensor,
+    num_classes: int,
+    *,
+    seed: int,
+    check: Callable[[], None],
+    trials: Trials | None = None,
+    keep: KeepTrials = lambda _trials, _leaving: None,
+) -> Probe:
+    """Return the head with the strength that has the lowest cross-validated log loss; go on from `trials`, if there are any."""
     mean_D, std_D = f_ND.mean(0), f_ND.std(0, unbiased=False).clamp_min(1e-6)
     z_ND = (f_ND - mean_D) / std_D
-    strength, accuracy, nll = _choose_strength(z_ND, y_N, num_classes, seed=seed, check=check)
+    nll, strength, accuracy = _choose_strength(
+        z_ND, y_N, num_classes, seed=seed, check=check, trials=trials or Trials(), keep=keep
+    )
     return Probe(
         _unscale(fit_head(z_ND.double(), y_N, num_classes, strength=strength, check=check), mean_D, std_D),
         strength,
@@ -74,17 +106,17 @@ def _unscale(head: Head, mean_D: Tensor, std_D: Tensor) -> Head:
 
 
 def _choose_strength(
-    z_ND: Tensor, y_N: Tensor, num_classes: int, *, seed: int, check: Callable[[], None]
+    z_ND: Tensor, y_N: Tensor, num_classes: int, *, seed: int, check: Callable[[], None], trials: Trials, keep: KeepTrials
 ) -> tuple[float, float, float]:
-    """Return the best strength with its cross-validated accuracy and log loss.
+    """Return the cross-validated log loss of the best strength, the strength, and its accuracy.
 
     All folds are fitted as one problem whose terms share no weights: one pass over the features serves all of them.
     """
     fold_N = _assign_folds(y_N, seed=seed)
     kept = torch.nonzero(fold_N >= 0).flatten()
     z_ND, y_N, fold_N = z_ND[kept], y_N[kept], fold_N[kept]
-    weight_DFK = torch.zeros(z_ND.shape[1], NUM_FOLDS * num_classes)
-    bias_FK = torch.zeros(NUM_FOLDS * num_classes)
+    weight_DFK = torch.zeros(z_ND.shape[1], NUM_FOLDS * num_classes) if trials.weight_DFK is None else trials.weight_DFK.clone()
+    bias_FK = torch.zeros(NUM_FOLDS * num_classes) if trials.bias_FK is None else trials.bias_FK.clone()
     trains_NF = (fold_N[:, None] != torch.arange(NUM_FOLDS)).float()
     share_NF = trains_NF / trains_NF.sum(0).clamp_min(1)
     target_NF = y_N[:, None].expand(-1, NUM_FOLDS)
@@ -93,23 +125,25 @@ def _choose_strength(
         z_NFK = (z_ND @ weight_DFK + bias_FK).view(-1, NUM_FOLDS, num_classes)
         return functional.cross_entropy(z_NFK.transpose(1, 2), target_NF, reduction="none")
 
-    results: list[tuple[float, float, float]] = []
-    for strength in STRENGTHS:
+    while not trials.is_enough():
+        strength = STRENGTHS[len(trials.results)]
 
         def loss(strength: float = strength) -> Tensor:
             return (losses() * share_NF).sum() + strength / 2 * weight_DFK.square().sum()
 
-        _minimise(loss, (weight_DFK, bias_FK), max_iterations=30, check=check)
+        try:
+            _minimise(loss, (weight_DFK, bias_FK), max_iterations=30, check=check)
+        except PreemptedError:
+            keep(trials, True)  # noqa: FBT003  the one argument of its kind
+            raise
         with torch.no_grad():
             nll = float((losses() * (1 - trains_NF)).sum() / len(y_N))
             z_NFK = (z_ND @ weight_DFK + bias_FK).view(-1, NUM_FOLDS, num_classes)
             held_NK = z_NFK[torch.arange(len(y_N)), fold_N]
-        results.append((nll, strength, float((held_NK.argmax(1) == y_N).float().mean())))
-        best = min(range(len(results)), key=lambda i: results[i][0])
-        if len(results) - 1 - best >= PATIENCE:
-            break
-    nll, strength, accuracy = min(results)
-    return strength, accuracy, nll
+        result = (nll, strength, float((held_NK.argmax(1) == y_N).float().mean()))
+        trials = Trials([*trials.results, result], weight_DFK.detach().clone(), bias_FK.detach().clone())
+        keep(trials, False)  # noqa: FBT003  as above
+    return min(trials.results)
 
 
 def _assign_folds(y_N: Tensor, *, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from finetune_api.contract import FailureReport, TrainerReport
-from finetune_api.v1alpha1 import Metric, OutputStatus, Result, TrainerStatus
+from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, TrainerStatus
 
 from finetune_trainer.budget import Budget
 
@@ -45,6 +45,7 @@ class Progress:
         self._remaining_seconds: float | None = None
         self._metrics: dict[str, str] = {}
         self._delivered = 0.0
+        self._checkpoint: CheckpointStatus | None = None
 
     def begin(self, phase: Phase) -> None:
         """Enter a phase, and report at once."""
@@ -63,6 +64,10 @@ class Progress:
     def note(self, **metrics: float) -> None:
         """Replace the latest values of metrics."""
         self._metrics |= {name: f"{value:.6g}" for name, value in metrics.items()}
+
+    def keep(self, checkpoint: CheckpointStatus) -> None:
+        """Say what is saved; it goes with the next report."""
+        self._checkpoint = checkpoint
 
     def finish(self, output: OutputStatus, result: Result) -> TrainerReport:
         """Report the result, which ends the job."""
@@ -86,7 +91,7 @@ class Progress:
             metrics=tuple(Metric(name=name, value=value) for name, value in self._metrics.items()),
             last_updated_time=datetime.now(UTC),
         )
-        return TrainerReport(trainer_status=status)
+        return TrainerReport(trainer_status=status, checkpoint=self._checkpoint)
 
     def _estimate_remaining(self, share: float) -> float | None:
         if self._highest == 100 or self._remaining_seconds is not None:

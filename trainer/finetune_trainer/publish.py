@@ -12,7 +12,7 @@ from finetune_api.v1alpha1 import OutputStatus, Result
 
 from finetune_trainer.backbone import CONFIG_FILE, WEIGHTS_FILE
 from finetune_trainer.durable import sync_folder, write_file
-from finetune_trainer.finetune import Weights
+from finetune_trainer.learner import Weights
 
 METRICS_FILE = "metrics.json"
 SPLITS_FILE = "splits.csv"

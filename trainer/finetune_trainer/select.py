@@ -11,11 +11,13 @@ from finetune_trainer.backbone import Classifier
 from finetune_trainer.batches import TrainingSet, draw_batch
 from finetune_trainer.data import Split
 from finetune_trainer.evaluate import fit_temperature
-from finetune_trainer.finetune import FineTuned, Weights
+from finetune_trainer.finetune import FineTuned
 from finetune_trainer.job import Choice, Job, Score, build_classifier, classify, copy_weights
+from finetune_trainer.learner import Weights
 from finetune_trainer.probe import Head
 from finetune_trainer.recipe import Recipe, count_steps_per_epoch
 
+STAGE = "selection"
 PROBE = "probe"
 FINETUNED = "finetuned"
 ALPHAS = (0.25, 0.5, 0.75)
@@ -27,24 +29,50 @@ NEAR_TIE = 0.25
 
 def select_model(job: Job, probe: Choice, head: Head, tuned: FineTuned, recipe: Recipe) -> Choice:
     """Return the best model on the validation data; it is never less accurate there than the probe."""
-    y_val, val_N = job.dataset.targets(Split.VAL), job.dataset.positions[Split.VAL]
-    candidates = build_candidates(probe.weights, tuned.weights, tuned.average)
-    model = build_classifier(job, head)
+    y_val = job.dataset.targets(Split.VAL)
+    contest = _Contest(job, build_candidates(probe.weights, tuned.weights, tuned.average), recipe, build_classifier(job, head))
     logits = {PROBE: probe.logits[Split.VAL]}
-    for number, name in enumerate(candidates.keys() - {PROBE}):
+    for number, name in enumerate(contest.candidates):
         job.progress.advance(number / NUM_CANDIDATES)
-        model.load_state_dict(candidates[name])
-        if name != FINETUNED and job.backbone.has_batch_statistics and not recipe.freeze_batch_statistics:
-            estimate_batch_statistics(job, model, recipe)
-            candidates[name] = copy_weights(model)
-        logits[name] = classify(job, model, val_N)
-    scores = tuple(score_logits(name, logits[name], y_val) for name in candidates)
+        if name != PROBE:
+            logits[name] = contest.classify(name, Split.VAL)
+    scores = tuple(score_logits(name, logits[name], y_val) for name in contest.candidates)
     best = choose(scores, len(y_val))
     if best.name == PROBE:
         return Choice(PROBE, probe.weights, probe.temperature, probe.logits, scores)
-    model.load_state_dict(candidates[best.name])
-    chosen = {split: classify(job, model, index_N) for split, index_N in job.evaluated.items()}
-    return Choice(best.name, candidates[best.name], fit_temperature(chosen[Split.VAL], y_val), chosen, scores)
+    chosen = {split: contest.classify(best.name, split) for split in job.evaluated}
+    weights = copy_weights(contest.load(best.name))
+    return Choice(best.name, weights, fit_temperature(chosen[Split.VAL], y_val), chosen, scores)
+
+
+class _Contest:
+    """The candidates, and the logits that were computed for them, which are kept for a restart."""
+
+    def __init__(self, job: Job, candidates: dict[str, Weights], recipe: Recipe, model: Classifier) -> None:
+        self.candidates = candidates
+        self._job = job
+        self._recipe = recipe
+        self._model = model
+        self._loaded: str | None = None
+        kept = job.checkpoints.load(STAGE)
+        self._logits = dict(kept.tensors) if kept else {}
+
+    def load(self, name: str) -> Classifier:
+        """Return the model with the weights of a candidate; those of the fine-tuning have statistics of their own."""
+        if self._loaded != name:
+            self._model.load_state_dict(self.candidates[name])
+            if name != FINETUNED and self._job.backbone.has_batch_statistics and not self._recipe.freeze_batch_statistics:
+                estimate_batch_statistics(self._job, self._model, self._recipe)
+            self._loaded = name
+        return self._model
+
+    def classify(self, name: str, split: Split) -> Tensor:
+        """Return the logits of a candidate on a split, computed once."""
+        key = f"{name}/{split}"
+        if key not in self._logits:
+            self._logits[key] = classify(self._job, self.load(name), self._job.evaluated[split])
+            self._job.checkpoints.save(STAGE, tensors=self._logits, state={})
+        return self._logits[key]
 
 
 def choose(scores: Sequence[Score], num_val: int) -> Score:

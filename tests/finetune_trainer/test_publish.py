@@ -1,68 +1,11 @@
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetune_trainer.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from finetune_trainer.publish import Artefact, publish, read_published
-
-IDENTITY = {"run": "1", "data": "2"}
-
-
-def save(folder: Path, value: float, stage: str = "probe", identity: dict[str, str] | None = None) -> None:
-    tensors = {"w": torch.full((3,), value)}
-    save_checkpoint(folder, stage, identity=identity or IDENTITY, tensors=tensors, state={"value": value})
-
-
-def load_value(folder: Path, stage: str = "probe", identity: dict[str, str] | None = None) -> float | None:
-    kept = load_checkpoint(folder, stage, identity=identity or IDENTITY)
-    return None if kept is None else kept.state["value"]
-
-
-def test_newest_checkpoint_of_the_stage_is_read(tmp_path: Path) -> None:
-    for value in (1.0, 2.0):
-        save(tmp_path, value)
-    save(tmp_path, 3.0, stage="finetuned")
-
-    assert load_value(tmp_path) == 2.0
-
-
-@pytest.mark.parametrize("broken", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_broken_checkpoint_is_skipped_and_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str, damage: str
-) -> None:
-    save(tmp_path, 1.0)
-    save(tmp_path, 2.0)
-    path = tmp_path / "checkpoint-000002-probe" / broken
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x00" + content[1:])
-
-    with caplog.at_level(logging.WARNING):
-        assert load_value(tmp_path) == 1.0
-
-    assert "checkpoint-000002-probe" in caplog.text
-
-
-def test_checkpoint_of_other_data_is_not_used(tmp_path: Path) -> None:
-    save(tmp_path, 1.0)
-
-    assert load_value(tmp_path, identity={**IDENTITY, "data": "other"}) is None
-
-
-def test_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
-    save(tmp_path, 1.0)
-    (tmp_path / "checkpoint-000001-probe").rename(tmp_path / ".tmp-000001")
-
-    assert load_value(tmp_path) is None
-    remove_checkpoints(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def make_artefact(run: str = "r1", **metrics: Any) -> Artefact:
