@@ -1,5 +1,6 @@
 # Two images from one file: `--target operator` (no torch) and `--target trainer`.
 # A dependency layer is keyed by its locked requirements alone, so that a change of code rebuilds only the last, thin layer.
+# The requirements were resolved as a whole, with uv's overrides, so they are installed without being resolved anew.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS uv
@@ -42,7 +43,7 @@ COPY --from=requirements /requirements/operator.txt /opt/requirements.txt
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     export UV_NO_CACHE=1 UV_PYTHON_DOWNLOADS=never PYC_INVALIDATION_MODE=UNCHECKED_HASH && \
     /opt/uv/bin/uv venv --python python3 /opt/venv && \
-    /opt/uv/bin/uv pip install --python /opt/venv --require-hashes --compile-bytecode --requirements /opt/requirements.txt
+    /opt/uv/bin/uv pip install --python /opt/venv --no-deps --require-hashes --compile-bytecode --requirements /opt/requirements.txt
 LABEL org.opencontainers.image.title=finetune-operator \
       org.opencontainers.image.description="Kubernetes operator for FineTuneJob resources"
 USER 65532:65532
@@ -56,7 +57,7 @@ COPY --from=requirements /requirements/trainer.txt /opt/requirements.txt
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     export UV_NO_CACHE=1 UV_PYTHON_DOWNLOADS=never PYC_INVALIDATION_MODE=UNCHECKED_HASH && \
     /opt/uv/bin/uv venv --python python3 /opt/venv && \
-    /opt/uv/bin/uv pip install --python /opt/venv --require-hashes --compile-bytecode --requirements /opt/requirements.txt
+    /opt/uv/bin/uv pip install --python /opt/venv --no-deps --require-hashes --compile-bytecode --requirements /opt/requirements.txt
 LABEL org.opencontainers.image.title=finetune-trainer \
       org.opencontainers.image.description="Transfer learning of pretrained PyTorch models"
 USER 65532:65532
