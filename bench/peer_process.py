@@ -65,7 +65,7 @@ class Process:
         while self.popen.poll() is None:
             if moment(self):
                 return True
-            time.sleep(0.001)
+            time.sleep(0.002)
         return False
 
     def read(self) -> Told:

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +29,13 @@ UV = ROOT / ".local" / "uv" / "bin" / "uv"
 SCRIPT = ROOT / "bench" / "scripts" / "hf_trainer.py"
 GRACE_SECONDS = 30.0  # the default of terminationGracePeriodSeconds
 RUN_SECONDS = 600.0
+STEP_SECONDS = 0.5  # about one step, so that a kill can hit any part of it
 METHODS: dict[str, list[str]] = {
     "HF Trainer, augmentation": [],
     "HF Trainer, no augmentation": ["--no-augmentation"],
 }
 IN_SAVE = "SIGKILL in a save"
+PASSIVE = ("env", "OMP_WAIT_POLICY=passive")  # threads that spin slow each other down on a busy machine
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 kills of one method: shows that it runs")
     parser.add_argument("--kills", type=int, default=10, help="kills of each method at random instants, half of them SIGTERM")
+    parser.add_argument("--in-training", action="store_true", help="no kill before the first step or after the last one")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the blocks, so that no process stays behind
     machine = describe_machine()
     python, pictures = prepare_environment(), make_pictures()
     methods = dict(list(METHODS.items())[:1]) if arguments.quick else METHODS
@@ -86,9 +91,12 @@ def main() -> None:
     versions: dict[str, str] = {}
     for number, (method, options) in enumerate(methods.items()):
         with tempfile.TemporaryDirectory() as scratch:
-            trial = Trial([python, SCRIPT, *options, pictures], Path(scratch))
+            trial = Trial([*PASSIVE, python, SCRIPT, *options, pictures], Path(scratch))
             versions = trial.unbroken.versions
-            kills[method] = trial.run(random.Random(arguments.seed + number), num_kills=num_kills, aimed=not arguments.quick)
+            random_kills = trial.run(random.Random(arguments.seed + number), num_kills, in_training=arguments.in_training)
+            # A torn checkpoint has nothing to do with augmentation: one method shows it.
+            aimed_kills = [] if number or arguments.quick or arguments.in_training else trial.run_in_save(arguments.seed)
+            kills[method] = [*random_kills, *aimed_kills]
     title = f"seed {arguments.seed}, {', '.join(f'{name} {version}' for name, version in versions.items())} ({machine})"
     print_summary(f"Kills at random instants, {title}", kills)
     print_kills("Each kill", kills)
@@ -128,23 +136,31 @@ class Trial:
             raise RuntimeError(f"the unbroken run ended with status {told.exit_code}: {told.error}")
         return told, read_weights(output)
 
-    def run(self, instants: random.Random, *, num_kills: int, aimed: bool) -> list[Kill]:
-        """Kill as many runs, SIGTERM and SIGKILL in turn, and if asked for, two more in the middle of a save."""
+    def run(self, instants: random.Random, num_kills: int, *, in_training: bool) -> list[Kill]:
+        """Kill as many runs, SIGTERM and SIGKILL in turn, at instants of the whole run or of its steps."""
         kills: list[Kill] = []
         while len(kills) < num_kills:
-            moment = partial(is_due, seconds=instants.uniform(0.0, self.unbroken.seconds))
-            kills += self.interrupt(("SIGTERM", "SIGKILL")[len(kills) % 2], moment)
-        for step in instants.sample(range(5, self.unbroken.step, 5), 2) if aimed else []:
-            kills += self.interrupt(IN_SAVE, partial(is_saving, step=step))
+            name = ("SIGTERM", "SIGKILL")[len(kills) % 2]
+            if in_training:
+                step = instants.randrange(1, self.unbroken.step)
+                kills += self.interrupt(name, partial(has_done, step=step), delay=instants.uniform(0.0, STEP_SECONDS))
+            else:
+                kills += self.interrupt(name, partial(is_due, seconds=instants.uniform(0.0, self.unbroken.seconds)))
         return kills
 
-    def interrupt(self, name: str, moment: Moment) -> list[Kill]:
+    def run_in_save(self, seed: int) -> list[Kill]:
+        """Kill two runs in the middle of a save."""
+        steps = random.Random(seed).sample(range(5, self.unbroken.step, 5), 2)
+        return [kill for step in steps for kill in self.interrupt(IN_SAVE, partial(is_saving, step=step))]
+
+    def interrupt(self, name: str, moment: Moment, *, delay: float = 0.0) -> list[Kill]:
         """Kill a run at the moment and run the same command again; an empty list if it had ended before."""
         output = self.scratch / "interrupted"
         shutil.rmtree(output, ignore_errors=True)
         with Process(self.command, output) as process:
             if not process.wait_for(moment):
                 return []
+            time.sleep(delay)
             process.send(signal.SIGTERM if name == "SIGTERM" else signal.SIGKILL)
             seconds, before = process.seconds, process.read()
             first = process.finish(GRACE_SECONDS)
@@ -165,6 +181,11 @@ class Trial:
 def is_due(process: Process, *, seconds: float) -> bool:
     """Tell whether the process has run so long."""
     return process.seconds >= seconds
+
+
+def has_done(process: Process, *, step: int) -> bool:
+    """Tell whether the process has done the step."""
+    return process.read().step >= step
 
 
 def is_saving(process: Process, *, step: int) -> bool:

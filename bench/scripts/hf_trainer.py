@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("pictures", type=Path, help="imagefolder")
     parser.add_argument("output", type=Path, help="folder for the checkpoints and the model")
     parser.add_argument("--no-augmentation", action="store_true", help="show every picture as it is")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     say("versions", json.dumps({name: importlib.metadata.version(name) for name in PACKAGES}))
     say("phase", "model")
