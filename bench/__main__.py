@@ -5,13 +5,18 @@ import subprocess
 import sys
 
 NAMES = ("features", "step", "tasks", "tutorial", "operator", "kills")
+ON_REQUEST = ("peers",)  # installs another environment
 
 
 def main() -> int:
     """Run the named benchmarks, each in a process of its own, and return 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names", nargs="*", default=NAMES, metavar="NAME", help=f"which of {', '.join(NAMES)}; all if none is given"
+        "names",
+        nargs="*",
+        default=NAMES,
+        metavar="NAME",
+        help=f"which of {', '.join(NAMES)}; all these if none is given; or {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--quick", action="store_true", help="show that they run, not how fast it is")
     arguments = parser.parse_args()
