@@ -141,17 +141,17 @@ def test_finished_fine_tuning_is_not_repeated(make_pictures: Any, make_config: A
     config = make_config(make_pictures(), **FULL)
 
     def stop_in_selection() -> None:
-        if any(Path(config.work_path).glob("checkpoint-*-finetuned")):
+        if any(Path(config.checkpoint_path).glob("checkpoint-*-finetuned")):
             raise PreemptedError("Preempted", "stopped")
 
     with pytest.raises(PreemptedError):
         run_job(config, check=stop_in_selection)
-    kept = json.loads(next(Path(config.work_path).glob("checkpoint-*-finetuned/state.json")).read_text())["details"]
+    kept = json.loads(next(Path(config.checkpoint_path).glob("checkpoint-*-finetuned/state.json")).read_text())["details"]
     run_job(config)
 
     # The measured rate differs from run to run, so the same one means the same training.
     assert read_metrics(tmp_path / "output")["training"]["finetuning"] == kept
-    assert not list(Path(config.work_path).glob("checkpoint-*"))
+    assert not list(Path(config.checkpoint_path).glob("checkpoint-*"))
 
 
 def test_completed_run_is_returned_at_once(make_pictures: Any, make_config: Any, run_job: Any) -> None:
