@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,23 @@ from typing import Any
 
 import cluster_client
 import pytest
-from localcluster.containers import containerd_component
 from localcluster.paths import Instance
-from localcluster.processes import ensure_running, read_record, stop_process
+from localcluster.processes import read_record, stop_process
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 _CLUSTER = Instance(cluster_client.ROOT / ".local" / "clusters" / "main")
+# In a process of its own, as containerd goes on for longer than this one.
+_START_CONTAINERD = f"""
+import sys
+sys.path.insert(0, {str(cluster_client.ROOT / "hack" / "cluster")!r})
+from pathlib import Path
+from localcluster.containers import containerd_component
+from localcluster.paths import Instance
+from localcluster.processes import ensure_running
+cluster = Instance(Path({str(_CLUSTER.folder)!r}))
+ensure_running(cluster, containerd_component(cluster))
+"""
 # Long enough to be disturbed in the middle of fine-tuning.
 _STEADY: dict[str, Any] = {
     "hyperparameters": {"maxSteps": 60, "imageSize": 64, "batchSize": 16},
@@ -120,7 +132,7 @@ def restart_containerd() -> None:
     assert record is not None
     stop_process(record)
     # Not by `up`, which takes a node without containerd for a dead one and clears it away.
-    ensure_running(_CLUSTER, containerd_component(_CLUSTER))
+    subprocess.run([sys.executable, "-c", _START_CONTAINERD], check=True)
 
 
 @pytest.mark.parametrize(

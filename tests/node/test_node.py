@@ -245,15 +245,3 @@ def test_deleting_a_job_removes_everything_even_without_the_operator(team: Any) 
     finally:
         cluster_client.kubectl(*scale, "--replicas=1")
         cluster_client.kubectl("-n", "finetune", "rollout", "status", "deployment", "finetune-operator", "--timeout=120s")
-
-
-def test_an_image_that_cannot_be_pulled_is_named(team: Any) -> None:
-    cluster_client.install_operator("retries.baseSeconds=2", "trainer.image.tag=missing")
-    try:
-        team.apply("no-image")
-        team.wait("no-image", "ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull")
-
-        assert ":missing" in team.condition("no-image", "Ready")["message"]
-    finally:
-        team.kubectl("delete", "ftj", "no-image", "--wait=false", "--ignore-not-found")
-        cluster_client.install_operator("retries.baseSeconds=2")
