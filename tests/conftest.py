@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -119,3 +120,35 @@ def api(control_plane: Path) -> Api:
             return api
         time.sleep(0.05)
     raise AssertionError("the CustomResourceDefinition was not established within 30 s")
+
+
+@pytest.fixture(scope="session")
+def start_s3() -> Iterator[Callable[[str], str]]:
+    """Start real S3 servers, each on a free port of an address of this machine; they are stopped at the end."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start(address: str) -> str:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", address, "-p", str(port)]
+        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        _wait_for_port(address, port, servers[-1])
+        return f"http://{address}:{port}"
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait(10)
+
+
+def _wait_for_port(address: str, port: int, server: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            socket.create_connection((address, port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    pytest.fail("the S3 server does not answer")

@@ -3,11 +3,8 @@
 import json
 import os
 import secrets
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch loads: threads that wait actively make tests slow on a busy machine.
@@ -155,31 +152,9 @@ def run_until() -> RunUntil:
 
 
 @pytest.fixture(scope="session")
-def endpoint() -> Iterator[str]:
-    """A real S3 server on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_port(port, server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def wait_for_port(port: int, server: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    pytest.fail("the S3 server does not answer")
+def endpoint(start_s3: Callable[[str], str]) -> str:
+    """A real S3 server."""
+    return start_s3("127.0.0.1")
 
 
 @pytest.fixture

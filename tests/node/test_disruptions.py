@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import cluster_client
+import fsspec
 import pytest
 from localcluster.paths import Instance
 from localcluster.processes import read_record, stop_process
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
+# The address of this machine in the network of the pods.
+_GATEWAY = "10.88.0.1"
 _CLUSTER = Instance(cluster_client.ROOT / ".local" / "clusters" / "main")
 # In a process of its own, as containerd goes on for longer than this one.
 _START_CONTAINERD = f"""
@@ -117,6 +120,33 @@ def test_a_disturbed_job_goes_on_and_ends_with_the_same_metrics(
     # SIGTERM saves, SIGKILL costs at most what the interval and a busy machine leave between two checkpoints.
     assert restart["lostSeconds"] <= (2 if num_counted == 0 else 15)
     assert undisturbed == read_metrics(team, name)
+
+
+def test_a_job_goes_on_from_checkpoints_in_an_object_store(
+    team: Any, undisturbed: list[dict[str, Any]], until: Any, start_s3: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "canary-of-the-store", "AWS_DEFAULT_REGION": "us-east-1"}
+    access = {**keys, "AWS_ENDPOINT_URL": start_s3(_GATEWAY)}
+    for name, value in access.items():
+        monkeypatch.setenv(name, value)
+    store = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+    store.mkdir("states")
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": access}
+    team.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
+    place = {"uri": "s3://states/stored", "secretRef": {"name": "store"}, "intervalSeconds": 2}
+    team.apply("stored", **_STEADY | {"checkpoint": place})
+    team.wait("stored", "Running")
+    until(lambda: store.glob("states/stored/checkpoint-*-steps/manifest.json"), what="a checkpoint is in the store")
+
+    delete_pod(team, find_pod(team, "stored"))
+
+    until(lambda: team.job("stored")["status"]["restarts"] == 1, what="the restart")
+    until(
+        lambda: "going on from checkpoint-" in team.kubectl("logs", find_pod(team, "stored")["metadata"]["name"]), what="resume"
+    )
+    assert "Complete" == team.wait("stored", "Complete", "Failed")
+    assert undisturbed == read_metrics(team, "stored")
+    assert "canary-of-the-store" not in team.kubectl("get", "ftj,jobs,pods,events", "-o", "yaml")
 
 
 def kill_kubelet() -> None:
