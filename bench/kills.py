@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,9 +71,10 @@ def main() -> None:
         wanted = hash_weights(Path(folder) / "unbroken")
         count = 1 if quick else 20
         plan = [(number, seed) for seed in range(count) for number in (signal.SIGTERM, signal.SIGKILL)]
-        kills = [
-            kill(job, data, Path(folder) / f"{number.name}-{seed}", number, seed, whole_seconds, wanted) for number, seed in plan
-        ]
+        kills = []
+        for number, seed in plan:
+            kills.append(kill(job, data, Path(folder) / f"{number.name}-{seed}", number, seed, whole_seconds, wanted))
+            print(kills[-1], file=sys.stderr, flush=True)
     print_kills(kills, machine, whole_seconds)
     if not all(item.equal for item in kills):
         sys.exit(1)
@@ -106,13 +108,8 @@ def finish(process: "subprocess.Popen[bytes]", log: Path) -> None:
 
 def kill(job: Path, data: Path, output: Path, number: signal.Signals, seed: int, whole_seconds: float, wanted: str) -> Kill:
     """Kill one run at a random instant of its length, resume it, and compare."""
-    seconds = random.Random(f"{number.name}-{seed}").uniform(0.5, 0.98 * whole_seconds)
-    process = start(job, data, output)
+    process, seconds = start_and_kill(job, data, output, number, random.Random(f"{number.name}-{seed}"), whole_seconds)
     log = output.with_suffix(".log")
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(number)
     sent, instant = time.monotonic(), datetime.now(UTC)
     code = process.wait()
     leave_seconds = time.monotonic() - sent
@@ -134,6 +131,24 @@ def kill(job: Path, data: Path, output: Path, number: signal.Signals, seed: int,
         unsaved_seconds=max(0.0, (instant - saved).total_seconds()) if tuning and saved else 0.0,
         equal=hash_weights(output) == wanted,
     )
+
+
+def start_and_kill(
+    job: Path, data: Path, output: Path, number: signal.Signals, chance: random.Random, whole_seconds: float
+) -> "tuple[subprocess.Popen[bytes], float]":
+    """Return a process that was sent the signal, and after how many seconds; a run that is over before is made anew."""
+    while True:
+        seconds = chance.uniform(0.5, 0.98 * whole_seconds)
+        started = time.monotonic()
+        process = start(job, data, output)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            return process, seconds
+        whole_seconds = time.monotonic() - started
+        shutil.rmtree(output)
+        output.with_suffix(".log").unlink()
 
 
 def read_checkpoints(output: Path) -> tuple[list[str], datetime | None]:
