@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -235,25 +236,28 @@ def test_half_written_checkpoint_is_invisible_and_removed(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == [FENCE_FILE]
 
 
-@pytest.fixture
-def _small_files() -> Iterator[None]:
-    """Files of this process cannot grow beyond 2 kB, as on a disk that is full."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Keep files of this process below 2 kB, as on a disk that is full; those of the test runner too, so only for a moment."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk_loses_no_earlier_checkpoint_and_stops_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_full_disk_loses_no_earlier_checkpoint_and_stops_nothing(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path)
     trainer = Trainer(storage, keep=1)
     trainer.save(1.0)
 
-    request.getfixturevalue("_small_files")
-    assert not trainer.save(2.0)
+    with small_files():
+        is_saved = trainer.save(2.0)
 
+    assert not is_saved
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001-steps", FENCE_FILE]
     assert [os.strerror(errno.EFBIG) in text for text in trainer.checkpoints.warnings] == [True]
     assert Trainer(storage, attempt=2).load() == 1.0
