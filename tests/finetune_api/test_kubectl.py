@@ -44,9 +44,10 @@ def test_the_api_server_fills_in_every_default(api: Any) -> None:
         "hyperparameters": {"precision": "auto", "seed": 0},
         "resources": {"cpu": "2", "memory": "4Gi"},
         "budget": {},
+        "checkpoint": {"intervalSeconds": 60, "keep": 2},
         "output": {"uri": "pvc://models/pets"},
         "suspend": False,
-        "runPolicy": {"backoffLimit": 3},
+        "runPolicy": {"backoffLimit": 3, "failureRules": []},
     }
 
 
@@ -146,7 +147,16 @@ _FULL_STATUS = yaml.safe_load(f"""
 observedGeneration: 3
 run: 0a1b2c3d
 attempt: 2
-restarts: 1
+restarts: 2
+restartsCountedTowardsLimit: 1
+restartHistory: [{{attempt: 1, reason: OOMKilled, time: "{_TIME}", counted: true, lostSeconds: 4}}]
+lostSeconds: 4
+activeSeconds: 60
+pendingSince: "{_TIME}"
+runningSince: "{_TIME}"
+microBatchDivisor: 2
+podShape: 5e6f7a8b
+checkpoint: {{step: 40, samples: 1280, time: "{_TIME}", attempt: 2}}
 conditions:
   - {{type: Ready, status: "True", reason: Complete, message: done, lastTransitionTime: "{_TIME}", observedGeneration: 3}}
 startTime: "{_TIME}"
