@@ -29,6 +29,7 @@ class Namespace:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._applied: set[str] = set()
         cluster_client.ensure_namespace(name)
         self.datasets = cluster_client.ensure_volume("datasets", namespace=name)
         self.models = cluster_client.ensure_volume("models", namespace=name)
@@ -40,7 +41,9 @@ class Namespace:
             cluster_client.kubectl("delete", "pv", "--ignore-not-found", f"{self.name}-{claim}")
 
     def apply(self, name: str, **spec: Any) -> dict[str, Any]:
-        """Apply a FineTuneJob with small settings, and return its manifest."""
+        """Apply a new FineTuneJob with small settings, and return its manifest; modules share a namespace, so names must differ."""
+        assert name not in self._applied, f"another test has a job named {name}"
+        self._applied.add(name)
         manifest = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneJob",

@@ -26,7 +26,7 @@ def hindered(team: Any, make_namespace: Any) -> Iterator[dict[str, Any]]:
     crowded.kubectl("create", "quota", "small", "--hard=requests.cpu=100m,requests.memory=1Gi,limits.cpu=1,limits.memory=1Gi")
     cluster_client.kubectl("apply", "-f", "-", stdin=json.dumps(_GUARD))
     places = {
-        "no-claim": (team, {"dataset": {"uri": "pvc://missing/pictures"}}),
+        "no-such-claim": (team, {"dataset": {"uri": "pvc://missing/pictures"}}),
         "unbound": (team, {"dataset": {"uri": "pvc://unbound/pictures"}}),
         "too-large": (team, {"resources": {"cpu": "64", "memory": "1Gi"}}),
         "no-secret": (team, {"checkpoint": {"uri": "s3://bucket/states", "secretRef": {"name": "missing-keys"}}}),
@@ -43,7 +43,7 @@ def hindered(team: Any, make_namespace: Any) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "reason", "words"),
     [
-        pytest.param("no-claim", "ClaimNotFound", ("missing", "create it"), id="claim missing"),
+        pytest.param("no-such-claim", "ClaimNotFound", ("missing", "create it"), id="claim missing"),
         pytest.param("unbound", "ClaimNotBound", ("unbound", "storage class"), id="claim unbound"),
         pytest.param("too-large", "InsufficientResources", ("cpu", "spec.resources"), id="no node is large enough"),
         pytest.param("no-secret", "SecretNotFound", ("missing-keys", "secretRef"), id="secret missing"),
