@@ -41,7 +41,7 @@ class Namespace:
             cluster_client.kubectl("delete", "pv", "--ignore-not-found", f"{self.name}-{claim}")
 
     def apply(self, name: str, **spec: Any) -> dict[str, Any]:
-        """Apply a new FineTuneJob with small settings, and return its manifest; modules share a namespace, so names must differ."""
+        """Apply a new FineTuneJob with small settings, and return its manifest; all modules share the names."""
         assert name not in self._applied, f"another test has a job named {name}"
         self._applied.add(name)
         manifest = {
