@@ -97,8 +97,12 @@ def _watch(context: Context, current: ChildView) -> Step:
         return _stop_at_deadline(context, current)
     if context.spec.suspend:
         return wait_for_removal(context, (current,), message="the pods are being stopped")
-    if current.pod_shape != compute_pod_shape(context.spec.resources):
-        return wait_for_removal(context, (current,), message="the pods are being replaced, as spec.resources changed")
+    if current.pod_shape != compute_pod_shape(context.spec):
+        return wait_for_removal(
+            context,
+            (current,),
+            message="the pods are being replaced, as spec.resources, accelerator, nodes or profileRef changed",
+        )
     overdue, seconds = find_overdue(context)
     if overdue is not None:
         return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
@@ -174,7 +178,7 @@ def _start_attempt(context: Context) -> Step:
         micro_batch_divisor=context.status.micro_batch_divisor,
         settings=context.settings,
     )
-    shape = compute_pod_shape(context.spec.resources)
+    shape = compute_pod_shape(context.spec)
     return Step(
         state=explain_pending(None, spec=context.spec),
         status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
@@ -187,7 +191,7 @@ def _stay_failed(context: Context) -> Step:
     """Keep a failed run as it is, unless the user gave it other resources, or more time when that was the cause."""
     ended = find_condition(context.status.conditions, Phase.FAILED.value)
     shape = context.status.pod_shape or (context.current.pod_shape if context.current else None)
-    has_new_shape = shape is not None and shape != compute_pod_shape(context.spec.resources)
+    has_new_shape = shape is not None and shape != compute_pod_shape(context.spec)
     has_time = compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now) != 0
     if context.spec.suspend or not has_time:
         return _stay(context, Phase.FAILED)

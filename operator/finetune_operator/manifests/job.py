@@ -65,7 +65,7 @@ def _build_labels(job: JobView, spec: FineTuneJobSpec, *, config: TrainerConfig)
         names.LABEL_JOB_UID: job.uid,
         names.LABEL_RUN: config.run,
         names.LABEL_ATTEMPT: str(config.attempt),
-        names.LABEL_POD_SHAPE: compute_pod_shape(spec.resources),
+        names.LABEL_POD_SHAPE: compute_pod_shape(spec),
     }
 
 
