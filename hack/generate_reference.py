@@ -11,12 +11,14 @@ from finetune_operator.settings import Settings
 
 Schema = dict[str, Any]
 
-_API_HEAD = f"""# {names.KIND}
+_API_HEAD = """# {kind}
 
-`{names.API_VERSION}`, kind `{names.KIND}`, short name `{names.SHORT_NAME}`, namespaced.
-`kubectl explain {names.SHORT_NAME}.spec` prints the same text.
+`{version}`, kind `{kind}`, short name `{short}`, {scope}.
+`kubectl explain {short}.spec` prints the same text.
 The API server refuses an object that breaks a bound or a rule, and names the field.
 """
+
+_SCOPES = {"Namespaced": "namespaced", "Cluster": "cluster-scoped"}
 
 _SETTINGS_HEAD = """# Settings of the operator
 
@@ -41,8 +43,13 @@ def build_api_page(crd: Schema) -> str:
     """Return the page of the API: one section for each object, with its fields and rules."""
     version = crd["spec"]["versions"][0]
     root = version["schema"]["openAPIV3Schema"]
-    objects = (each for name in ("spec", "status") for each in _walk(name, root["properties"][name]))
-    sections = (_API_HEAD + _build_rules(root), _build_columns(version["additionalPrinterColumns"]))
+    kinds = crd["spec"]["names"]
+    head = _API_HEAD.format(
+        kind=kinds["kind"], version=names.API_VERSION, short=kinds["shortNames"][0], scope=_SCOPES[crd["spec"]["scope"]]
+    )
+    parts = [name for name in ("spec", "status") if name in root["properties"]]
+    objects = (each for name in parts for each in _walk(name, root["properties"][name]))
+    sections = (head + _build_rules(root), _build_columns(version["additionalPrinterColumns"], short=kinds["shortNames"][0]))
     return "\n".join((*sections, *(_build_section(path, node) for path, node in objects)))
 
 
@@ -63,7 +70,7 @@ def _walk(path: str, node: Schema) -> Iterator[tuple[str, Schema]]:
     yield path, node
     for name, child in node["properties"].items():
         below, inner = (f"{path}.{name}[]", child["items"]) if child["type"] == "array" else (f"{path}.{name}", child)
-        if inner["type"] == "object":
+        if "properties" in inner:
             yield from _walk(below, inner)
 
 
@@ -91,14 +98,16 @@ def _build_rules(node: Schema) -> str:
     return "\nRules:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _build_columns(columns: list[Schema]) -> str:
+def _build_columns(columns: list[Schema], *, short: str) -> str:
     rows = "\n".join(f"| {each['name']} | {each['description']} | `{each['jsonPath']}` |" for each in columns)
-    return f"## Columns of `kubectl get {names.SHORT_NAME}`\n\n| column | meaning | from |\n| --- | --- | --- |\n{rows}\n"
+    return f"## Columns of `kubectl get {short}`\n\n| column | meaning | from |\n| --- | --- | --- |\n{rows}\n"
 
 
 def _describe_type(node: Schema) -> str:
     if node["type"] == "array":
         return f"list of {node['items']['type']}s"
+    if "additionalProperties" in node:
+        return f"map of {node['additionalProperties']['type']}s"
     return "time" if node.get("format") == "date-time" else str(node["type"])
 
 

@@ -326,8 +326,10 @@ _HOSTS = f"({_CHIPS} < 4 ? [1] : {_CHIPS} == 8 && {_SIDES}.size() == 2 ? [1, 2] 
 _NODES = (
     f"!has(self.nodes) || !has(self.accelerator) || !has(self.accelerator.tpu) || self.nodes in {_HOSTS}",
     "nodes contradicts accelerator.tpu.topology",
-    f"'nodes ' + string(self.nodes) + ' contradicts accelerator.tpu.topology, whose hosts are ' + {_HOSTS}"
-    ".map(n, string(n)).join(' or ') + '; remove nodes or correct it'",
+    (
+        f"'nodes ' + string(self.nodes) + ' contradicts accelerator.tpu.topology, whose hosts are ' + {_HOSTS}"
+        ".map(n, string(n)).join(' or ') + '; remove nodes or correct it'"
+    ),
 )
 
 
@@ -549,7 +551,8 @@ class Usage(ApiModel):
     """What a run has used."""
 
     accelerator_seconds: Annotated[int, Field(ge=0)] = 0
-    """acceleratorSeconds is the number of accelerators times the seconds that their trainers ran; for a CPU job, its pods count."""
+    """acceleratorSeconds is the number of accelerators times the seconds that their trainers ran. Of a CPU job, its pods
+    count."""
     wasted_accelerator_seconds: Annotated[int, Field(ge=0)] = 0
     """wastedAcceleratorSeconds is the part of it that lay after the last checkpoint of attempts that ended early."""
     cost: ShortText | None = None

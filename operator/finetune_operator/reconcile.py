@@ -16,8 +16,10 @@ from finetune_api.v1alpha1 import Condition, Failure
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
 from finetune_operator.manifests.job import build_job
+from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodView
 from finetune_operator.outcome import Outcome
+from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.pending import explain_pending
@@ -171,10 +173,12 @@ def _start_attempt(context: Context) -> Step:
     attempt = context.status.attempt + 1
     previous = names.child_name(context.job.name, context.run, context.status.attempt)
     kept = {child.name for child in context.attempts}
+    pods = shape_pods(context.spec)
     manifest = build_job(
         context.job,
         context.spec,
         attempt=attempt,
+        shape=pods,
         micro_batch_divisor=context.status.micro_batch_divisor,
         settings=context.settings,
     )
@@ -183,7 +187,7 @@ def _start_attempt(context: Context) -> Step:
         state=explain_pending(None, spec=context.spec),
         status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
         absent=(previous,) if context.status.attempt and previous not in kept else (),
-        apply=(manifest,),
+        apply=(build_service(context.job), manifest) if pods.nodes > 1 else (manifest,),
     )
 
 

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
 from finetune_api import names
-from finetune_api.crd import build_crd
+from finetune_api.crd import build_crds
 from finetune_operator.settings import Settings, load_settings
 
 Render = Callable[..., list[dict[str, Any]]]
@@ -57,21 +57,21 @@ def _mask(text: str) -> str:
     return re.sub(r"(ca\.crt|tls\.crt|tls\.key|checksum/ca): [A-Za-z0-9+/=]{20,}", r"\1: MASKED", text)
 
 
-def test_the_crd_is_that_of_the_models(render: Render) -> None:
-    (crd,) = render(kind="CustomResourceDefinition")
+def test_the_crds_are_those_of_the_models(render: Render) -> None:
+    crds = render(kind="CustomResourceDefinition")
 
-    assert build_crd()["spec"] == crd["spec"]
-    assert {"helm.sh/resource-policy": "keep"} == crd["metadata"]["annotations"]
+    assert [crd["spec"] for crd in build_crds()] == [crd["spec"] for crd in crds]
+    assert [{"helm.sh/resource-policy": "keep"}] * 2 == [crd["metadata"]["annotations"] for crd in crds]
 
 
-def test_the_crd_can_be_left_to_others(render: Render) -> None:
+def test_the_crds_can_be_left_to_others(render: Render) -> None:
     assert [] == render({"crds": {"enabled": False}}, kind="CustomResourceDefinition")
 
 
-def test_the_crd_can_go_with_the_chart(render: Render) -> None:
-    (crd,) = render({"crds": {"keep": False}}, kind="CustomResourceDefinition")
+def test_the_crds_can_go_with_the_chart(render: Render) -> None:
+    crds = render({"crds": {"keep": False}}, kind="CustomResourceDefinition")
 
-    assert "annotations" not in crd["metadata"]
+    assert not any("annotations" in crd["metadata"] for crd in crds)
 
 
 def test_rights_for_the_whole_cluster_are_exactly_those_used(render: Render) -> None:

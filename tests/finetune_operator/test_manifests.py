@@ -9,6 +9,7 @@ from finetune_api.contract import TrainerConfig
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.manifests.job import build_job
 from finetune_operator.observed import JobView
+from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.settings import TrainerSettings
 
 _SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
@@ -30,7 +31,7 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
         spec_error=None,
         status=FineTuneJobStatus(),
     )
-    return build_job(job, spec, attempt=2, micro_batch_divisor=micro_batch_divisor, settings=settings)
+    return build_job(job, spec, attempt=2, shape=shape_pods(spec), micro_batch_divisor=micro_batch_divisor, settings=settings)
 
 
 @pytest.mark.parametrize(

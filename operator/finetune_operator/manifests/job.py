@@ -3,19 +3,29 @@
 from typing import Any
 
 from finetune_api import names
-from finetune_api.contract import TrainerConfig, build_trainer_config, claim_of, compute_pod_shape
+from finetune_api.contract import TrainerConfig, build_trainer_config, claim_of, compute_pod_shape, compute_run
 from finetune_api.v1alpha1 import FineTuneJobSpec
 
+from finetune_operator.manifests.owner import build_owner
 from finetune_operator.observed import JobView
+from finetune_operator.policies.accelerator import PodShape
 from finetune_operator.settings import TrainerSettings
 
 _USER = 65532
 
 
 def build_job(
-    job: JobView, spec: FineTuneJobSpec, *, attempt: int, micro_batch_divisor: int = 1, settings: TrainerSettings
+    job: JobView,
+    spec: FineTuneJobSpec,
+    *,
+    attempt: int,
+    shape: PodShape,
+    micro_batch_divisor: int = 1,
+    settings: TrainerSettings,
 ) -> dict[str, Any]:
     """Return the Job of an attempt: Indexed, never retried by Kubernetes itself, as the operator decides on that."""
+    name = names.child_name(job.name, compute_run(spec), attempt)
+    service = names.service_name(job.name, job.uid)
     config = build_trainer_config(
         spec,
         namespace=job.namespace,
@@ -23,36 +33,28 @@ def build_job(
         attempt=attempt,
         micro_batch_divisor=micro_batch_divisor,
         grace_seconds=settings.termination_grace_seconds,
+        world=shape.build_world(rendezvous_host=f"{name}-0.{service}" if shape.nodes > 1 else None),
     )
     labels = _build_labels(job, spec, config=config)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.child_name(job.name, config.run, attempt),
+            "name": name,
             "namespace": job.namespace,
             "labels": labels,
-            "ownerReferences": [
-                {
-                    "apiVersion": names.API_VERSION,
-                    "kind": names.KIND,
-                    "name": job.name,
-                    "uid": job.uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
+            "ownerReferences": [build_owner(job)],
         },
         "spec": {
             "completionMode": "Indexed",
-            "completions": 1,
-            "parallelism": 1,
+            "completions": shape.nodes,
+            "parallelism": shape.nodes,
             "backoffLimit": 0,
             # A pod counts as failed only when it is gone, so that two attempts never write at once.
             "podReplacementPolicy": "Failed",
             "template": {
                 "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca}},
-                "spec": _build_pod_spec(spec, config=config, settings=settings),
+                "spec": _build_pod_spec(spec, config=config, shape=shape, service=service, settings=settings),
             },
         },
     }
@@ -69,13 +71,17 @@ def _build_labels(job: JobView, spec: FineTuneJobSpec, *, config: TrainerConfig)
     }
 
 
-def _build_pod_spec(spec: FineTuneJobSpec, *, config: TrainerConfig, settings: TrainerSettings) -> dict[str, Any]:
+def _build_pod_spec(
+    spec: FineTuneJobSpec, *, config: TrainerConfig, shape: PodShape, service: str, settings: TrainerSettings
+) -> dict[str, Any]:
     # One volume for each claim: a pod that names a claim in two volumes never gets past ContainerCreating.
     volumes = {volume: claim for volume, claim, _, _ in _list_mounts(spec)}
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # Gives the pods host names that the others can look up.
+        **({"subdomain": service} if shape.nodes > 1 else {}),
         "terminationGracePeriodSeconds": settings.termination_grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
