@@ -42,6 +42,7 @@ _MERGE = "application/merge-patch+json"
 _JSON = "application/json"
 
 _PREFIXES = {Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
+_CHILDREN = {("batch/v1", "Job"): ("/apis/batch/v1", "jobs"), ("v1", "Service"): ("/api/v1", "services")}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
@@ -92,11 +93,16 @@ class Cluster:
             await stale.close()
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
-        """Create or change a child by server-side apply, and return it."""
+        """Create a child by server-side apply, and return it.
+
+        It is not forced: where another manager, such as a queue, has changed the child, this raises ConflictError, so the
+        operator never takes back what others decided.
+        """
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        path = f"{_path(Kind.JOB, namespace)}/{name}"
-        query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
-        return await self._request("patch", path, resource="jobs", query=query, body=manifest, content_type=_APPLY)
+        prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
+        path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
+        query = {"fieldManager": names.FIELD_MANAGER}
+        return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object. What the status lacks is removed.

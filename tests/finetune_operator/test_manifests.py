@@ -8,6 +8,7 @@ import yaml
 from finetune_api.contract import TrainerConfig
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.manifests.job import build_job
+from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.settings import TrainerSettings
@@ -15,12 +16,11 @@ from finetune_operator.settings import TrainerSettings
 _SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
 
 
-def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, **fields: Any) -> dict[str, Any]:
-    spec = FineTuneJobSpec.model_validate(
-        {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
-        | fields
-    )
-    job = JobView(
+SPEC = {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
+
+
+def _view(spec: FineTuneJobSpec) -> JobView:
+    return JobView(
         namespace="team",
         name="emoji",
         uid="0b6e",
@@ -31,7 +31,13 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
         spec_error=None,
         status=FineTuneJobStatus(),
     )
-    return build_job(job, spec, attempt=2, shape=shape_pods(spec), micro_batch_divisor=micro_batch_divisor, settings=settings)
+
+
+def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, **fields: Any) -> dict[str, Any]:
+    spec = FineTuneJobSpec.model_validate(SPEC | fields)
+    return build_job(
+        _view(spec), spec, attempt=2, shape=shape_pods(spec), micro_batch_divisor=micro_batch_divisor, settings=settings
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,10 +65,20 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
             {"checkpoint": {"uri": "s3://bucket/emoji", "secretRef": {"name": "keys"}}},
             id="checkpoints in an object store",
         ),
+        pytest.param("job-many-nodes.yaml", {"nodes": 4}, id="many nodes"),
     ],
 )
 def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fields: dict[str, Any]) -> None:
     golden(name, yaml.safe_dump(_build(**fields), sort_keys=False))
+
+
+def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
+    service = build_service(_view(FineTuneJobSpec.model_validate(SPEC)))
+    template = _build(nodes=4)["spec"]["template"]
+
+    golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
+    assert service["metadata"]["name"] == template["spec"]["subdomain"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
 
 
 def test_configuration_in_the_pod_reads_back() -> None:
