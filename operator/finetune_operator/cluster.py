@@ -22,7 +22,7 @@ from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import kube_config
 
-from finetune_operator.errors import ApiError, NotFoundError, StartError, UnauthorizedError, build_api_error
+from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError, build_api_error
 from finetune_operator.metrics import API_REQUESTS, Metrics, classify_code
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion
@@ -42,7 +42,11 @@ _MERGE = "application/merge-patch+json"
 _JSON = "application/json"
 
 _PREFIXES = {Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
-_CHILDREN = {("batch/v1", "Job"): ("/apis/batch/v1", "jobs"), ("v1", "Service"): ("/api/v1", "services")}
+_CHILDREN = {
+    ("batch/v1", "Job"): ("/apis/batch/v1", "jobs"),
+    ("v1", "Service"): ("/api/v1", "services"),
+    ("resource.k8s.io/v1", "ResourceClaimTemplate"): ("/apis/resource.k8s.io/v1", "resourceclaimtemplates"),
+}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
@@ -102,7 +106,14 @@ class Cluster:
         prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
         path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
         query = {"fieldManager": names.FIELD_MANAGER}
-        return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
+        try:
+            return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
+        except NotFoundError as error:
+            # An apply creates what is not there, so either the namespace is missing or the whole kind.
+            if "namespaces" in error.message:
+                raise
+            message = f"the cluster does not serve {manifest['kind']} of {manifest['apiVersion']}"
+            raise RefusedError(message, status=error.status, reason=error.reason) from error
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object. What the status lacks is removed.

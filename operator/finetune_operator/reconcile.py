@@ -7,6 +7,7 @@ builds on it.
 
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 from finetune_api import names
 from finetune_api.conditions import find_condition
@@ -15,11 +16,12 @@ from finetune_api.v1alpha1 import Condition, Failure
 
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
+from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
-from finetune_operator.policies.accelerator import shape_pods
+from finetune_operator.policies.accelerator import CLASS_NOT_FOUND, PodShape, explain_missing_class, shape_pods
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.gang import Gang, find_root
@@ -176,10 +178,14 @@ def _retry(context: Context, failure: Failure) -> Step:
 
 
 def _start_attempt(context: Context) -> Step:
+    if missing := explain_missing_class(context.spec, context.settings.accelerators):
+        # Without a time to look again: classes come with a new operator, and a new spec wakes this as well.
+        state = State(phase=Phase.PENDING, problem=CLASS_NOT_FOUND, message=missing, scheduled=False)
+        return Step(state=state, status=without_estimate(context.status))
     attempt = context.status.attempt + 1
     previous = names.child_name(context.job.name, context.run, context.status.attempt)
     kept = {child.name for child in context.attempts}
-    pods = shape_pods(context.spec)
+    pods = shape_pods(context.spec, context.settings.accelerators)
     manifest = build_job(
         context.job,
         context.spec,
@@ -193,8 +199,14 @@ def _start_attempt(context: Context) -> Step:
         state=explain_creation(),
         status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
         absent=(previous,) if context.status.attempt and previous not in kept else (),
-        apply=(build_service(context.job), manifest) if pods.nodes > 1 else (manifest,),
+        apply=(*_build_helpers(context.job, pods), manifest),
     )
+
+
+def _build_helpers(job: JobView, pods: PodShape) -> tuple[dict[str, Any], ...]:
+    """Return what the pods of a Job need beside it."""
+    templates = (build_claim_template(job, pods.devices),) if pods.devices else ()
+    return (*templates, build_service(job)) if pods.nodes > 1 else templates
 
 
 def _stay_failed(context: Context) -> Step:
