@@ -30,7 +30,7 @@ def complete(context: Context, *, pod: PodView | None, report: TrainerReport, en
     """End a run whose model is published."""
     assert report.output is not None
     finished_at = (pod.finished_at if pod else None) or ended_at or context.now
-    status, _ = end_running(context.status, pod, now=finished_at)
+    status, _ = end_running(context.status, pod, now=finished_at, is_complete=True)
     metrics = report.result.metrics if report.result else ()
     trainer_status = TrainerStatus(
         progress_percentage=100,
@@ -44,7 +44,6 @@ def complete(context: Context, *, pod: PodView | None, report: TrainerReport, en
         "output": report.output,
         "result": report.result,
         "failure": None,
-        "lost_seconds": context.status.lost_seconds,
         "completion_time": finished_at,
     }
     state = State(phase=Phase.COMPLETE, message=f"the model is in {report.output.uri}")

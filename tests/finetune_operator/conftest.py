@@ -147,7 +147,7 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
 
 
 RULES = _read_rules("rules")
-CLUSTER_RULES = _read_rules("tokenRules")
+CLUSTER_RULES = _read_rules("clusterRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 

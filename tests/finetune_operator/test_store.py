@@ -50,9 +50,9 @@ def test_every_event_names_the_job_to_reconcile(store: Store, objects: Any) -> N
     # Also an old one: the answer to our own write may have carried a change of the user with it.
     store.observe(Kind.FINETUNEJOB, objects.job(version=2))
 
-    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == _KEY
-    assert store.observe(Kind.JOB, objects.child()) == _KEY
-    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == _KEY
+    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == (_KEY,)
+    assert store.observe(Kind.JOB, objects.child()) == (_KEY,)
+    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == (_KEY,)
 
 
 def test_deleted_object_is_gone(store: Store, objects: Any) -> None:

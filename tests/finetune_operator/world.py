@@ -15,10 +15,12 @@ from finetune_api.v1alpha1 import (
     ResultMetric,
     TrainerStatus,
 )
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ProfileView, ReceivedReport
 from finetune_operator.outcome import Outcome
 from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
+from finetune_operator.snapshot import parse_snapshot
+from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
@@ -51,6 +53,7 @@ class World:
     former_pods: dict[str, PodView] = field(default_factory=dict)
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
+    profiles: dict[str, ProfileView] = field(default_factory=dict)
     now: datetime = START
     events: list[tuple[str, str]] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
@@ -77,6 +80,7 @@ class World:
             former_pods=tuple(self.former_pods.values()),
             report=self.report,
             refusal=self.refusal,
+            profiles=tuple(self.profiles.values()),
         )
 
     @property
@@ -152,6 +156,7 @@ class World:
                 message="",
                 created_at=self.now,
                 finished_at=None,
+                snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
             )
         if next(done, None) is None:
             return
@@ -171,6 +176,22 @@ class World:
     def change(self, **fields: Any) -> "World":
         self.spec = self.spec | fields
         self.generation += 1
+        return self
+
+    def put_profile(self, name: str = "team", **spec: Any) -> "World":
+        """Create or change a profile."""
+        known = self.profiles.get(name)
+        metadata = {
+            "name": name,
+            "uid": f"uid-{name}",
+            "resourceVersion": "1",
+            "generation": known.generation + 1 if known else 1,
+        }
+        self.profiles[name] = project_profile({"metadata": metadata, "spec": spec}).content
+        return self
+
+    def drop_profile(self, name: str = "team") -> "World":
+        self.profiles.pop(name, None)
         return self
 
     def pod(self, **fields: Any) -> "World":
