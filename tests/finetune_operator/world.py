@@ -102,8 +102,13 @@ class World:
     @property
     def config(self) -> TrainerConfig:
         """Return what the newest attempt was told."""
-        container = self.manifests[-1]["spec"]["template"]["spec"]["containers"][0]
-        return TrainerConfig.model_validate_json(container["env"][0]["value"])
+        return self.configs[-1]
+
+    @property
+    def configs(self) -> list[TrainerConfig]:
+        """Return what each attempt was told, in order."""
+        containers = [each["spec"]["template"]["spec"]["containers"][0] for each in self.manifests]
+        return [TrainerConfig.model_validate_json(each["env"][0]["value"]) for each in containers]
 
     @property
     def active(self) -> list[ChildView]:
