@@ -1,11 +1,14 @@
 """All that one reconcile may know, as immutable views of what the cluster showed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from finetune_api.contract import TrainerReport
+from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+
+from finetune_operator.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,17 @@ class JobView:
     def key(self) -> tuple[str, str]:
         """Return namespace and name."""
         return self.namespace, self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileView:
+    """A FineTuneProfile: its parsed spec, or the reason why it cannot be parsed."""
+
+    name: str
+    generation: int
+    is_default: bool
+    spec: FineTuneProfileSpec | None
+    spec_error: str | None = None
 
 
 class ChildState(StrEnum):
@@ -54,6 +68,7 @@ class ChildView:
     finished_at: datetime | None
     nodes: int = 1
     """Number of pods, which are all needed at once."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +149,5 @@ class Observed:
     """Pods that are gone, as they were seen last: how an attempt ended may be known from them alone."""
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
+    profiles: tuple[ProfileView, ...] = ()
+    """All FineTuneProfiles of the cluster."""

@@ -7,29 +7,23 @@ builds on it.
 
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
-from finetune_api import names
 from finetune_api.conditions import find_condition
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import Condition, Failure
 
+from finetune_operator.beginning import start_attempt
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
-from finetune_operator.manifests.claim import build_claim_template
-from finetune_operator.manifests.job import build_job
-from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
-from finetune_operator.policies.accelerator import CLASS_NOT_FOUND, PodShape, explain_missing_class, shape_pods
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.gang import Gang, find_root
-from finetune_operator.policies.pending import explain_creation
 from finetune_operator.policies.progress import describe_metric, find_last_word, find_report, merge_trainer_status
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.policies.retry import compute_retry_time
-from finetune_operator.policies.usage import begin_running, end_running
+from finetune_operator.policies.usage import begin_attempt, begin_running, end_running
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, build_context, without_estimate
@@ -84,7 +78,8 @@ def _attend(context: Context) -> Step:
     current = context.current
     if current is None or current.attempt < context.status.attempt:
         return _go_on(context)
-    context = context.update(attempt=current.attempt, pod_shape=current.pod_shape)
+    status = begin_attempt(context.status, attempt=current.attempt, pod_shape=current.pod_shape, snapshot=current.snapshot)
+    context = replace(context, status=status)
     if current.deleting:
         return _wait_for_deletion(context, current)
     if current.state is ChildState.ACTIVE:
@@ -164,7 +159,7 @@ def _go_on(context: Context) -> Step:
     failure = context.status.failure
     if failure and failure.attempt == context.status.attempt:
         return _retry(context, failure)
-    return _start_attempt(context)
+    return start_attempt(context)
 
 
 def _retry(context: Context, failure: Failure) -> Step:
@@ -173,40 +168,8 @@ def _retry(context: Context, failure: Failure) -> Step:
     due = compute_retry_time(context.status, base_seconds=settings.retry_base_seconds, limit_seconds=settings.retry_limit_seconds)
     seconds = (due - context.now).total_seconds() if due else 0.0
     if seconds <= 0:
-        return _start_attempt(context)
+        return start_attempt(context)
     return Step(state=explain_retry(context.status, failure), status=context.status, requeue_after=seconds)
-
-
-def _start_attempt(context: Context) -> Step:
-    if missing := explain_missing_class(context.spec, context.settings.accelerators):
-        # Without a time to look again: classes come with a new operator, and a new spec wakes this as well.
-        state = State(phase=Phase.PENDING, problem=CLASS_NOT_FOUND, message=missing, scheduled=False)
-        return Step(state=state, status=without_estimate(context.status))
-    attempt = context.status.attempt + 1
-    previous = names.child_name(context.job.name, context.run, context.status.attempt)
-    kept = {child.name for child in context.attempts}
-    pods = shape_pods(context.spec, context.settings.accelerators)
-    manifest = build_job(
-        context.job,
-        context.spec,
-        attempt=attempt,
-        shape=pods,
-        micro_batch_divisor=context.status.micro_batch_divisor,
-        settings=context.settings,
-    )
-    shape = compute_pod_shape(context.spec)
-    return Step(
-        state=explain_creation(),
-        status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
-        absent=(previous,) if context.status.attempt and previous not in kept else (),
-        apply=(*_build_helpers(context.job, pods), manifest),
-    )
-
-
-def _build_helpers(job: JobView, pods: PodShape) -> tuple[dict[str, Any], ...]:
-    """Return what the pods of a Job need beside it."""
-    templates = (build_claim_template(job, pods.devices),) if pods.devices else ()
-    return (*templates, build_service(job)) if pods.nodes > 1 else templates
 
 
 def _stay_failed(context: Context) -> Step:
@@ -231,7 +194,9 @@ def _revive(context: Context) -> Step:
         return _attend(revived)
     if context.busy_pods or any(child.state is ChildState.ACTIVE for child in context.attempts):
         return _stay(context, Phase.FAILED)
-    return _start_attempt(revived)
+    step = start_attempt(revived)
+    # Without an attempt of its own, the revived run must not take the last one for one that has just failed.
+    return step if step.apply else replace(step, status=step.status.model_copy(update={"failure": context.status.failure}))
 
 
 def _stay(context: Context, phase: Phase) -> Step:

@@ -36,7 +36,10 @@ _NAMESPACED_RULES = {
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }
-_CLUSTER_RULES = {("authentication.k8s.io", "tokenreviews"): ["create"]}
+_CLUSTER_RULES = {
+    ("authentication.k8s.io", "tokenreviews"): ["create"],
+    ("finetune.dev", "finetuneprofiles"): ["list", "watch"],
+}
 
 
 @pytest.mark.parametrize("mode", _MODES)

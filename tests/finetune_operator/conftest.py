@@ -60,6 +60,14 @@ class Objects:
             **({"status": status} if status else {}),
         }
 
+    def profile(self, name: str = "team", *, version: int = 1, **spec: Any) -> dict[str, Any]:
+        return {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneProfile",
+            "metadata": {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version), "generation": version},
+            "spec": spec,
+        }
+
     def child(
         self,
         name: str = "emoji-0a1b2c3d-1",
@@ -149,7 +157,7 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
 
 
 RULES = _read_rules("rules")
-CLUSTER_RULES = _read_rules("tokenRules")
+CLUSTER_RULES = _read_rules("clusterRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 

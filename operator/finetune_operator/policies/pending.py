@@ -15,7 +15,7 @@ from finetune_operator.state import Phase, State
 _PULL = frozenset({"ErrImagePull", "ImagePullBackOff"})
 _ADVICE = {
     "ImagePullBackOff": "check the image's name and that the node can reach and read its registry",
-    "InvalidImageName": "this is no name of an image; correct the operator's trainer image",
+    "InvalidImageName": "this is no name of an image; correct the operator's trainer image, or that of the profile",
     "ErrImageNeverPull": "the pull policy is Never, and the node does not have the image",
     "CreateContainerConfigError": "mend what the message names",
 }
