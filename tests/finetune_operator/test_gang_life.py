@@ -33,7 +33,8 @@ def test_many_pods_start_fail_and_end_as_one(team: Any, operator: Any, until: An
     running = team.wait("Running")
     # A pod that is deleted stays until its kubelet has stopped it.
     for pod in first:
-        team.api.patch(team.path("pods", pod["metadata"]["name"]), {"metadata": {"finalizers": ["finetune.dev/test"]}})
+        finalizers = [*pod["metadata"]["finalizers"], "finetune.dev/test"]
+        team.api.patch(team.path("pods", pod["metadata"]["name"]), {"metadata": {"finalizers": finalizers}})
     team.end_pod(first[1], 1, message="Traceback: no")
     until(lambda: len(team.pods()) == 1, what="the Job controller deletes the others")
     team.end_pod(first[0], 76)
