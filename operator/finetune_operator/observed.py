@@ -1,6 +1,7 @@
 """All that one reconcile may know, as immutable views of what the cluster showed."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -71,6 +72,8 @@ class PodView:
     deletion_due: datetime | None = None
     """When the pod must have stopped at the latest, if it is being deleted: the grace period is over then."""
     image: str
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the pod's node must have."""
     scheduled: bool
     unscheduled_reason: str | None
     unscheduled_message: str | None
