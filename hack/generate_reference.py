@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from finetune_api import contract, names
 from finetune_operator.settings import Settings
@@ -135,18 +135,21 @@ def _describe_bounds(node: Schema) -> str:
 
 def _list_settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
-        default = "required" if field.is_required() else f"`{_plain(field.default)}`" if _plain(field.default) else "empty"
+        text = _plain(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else f"`{text}`" if text else "empty"
         yield f"| `FINETUNE_{name.upper()}` | {_name_type(field.annotation)} | {default} | {_escape(field.description or '')} |"
 
 
 def _plain(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(value) if isinstance(value, tuple | dict) else str(value)
 
 
 def _name_type(annotation: object) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f"`{choice}`" for choice in choices)
+    if get_origin(annotation) is dict:
+        return "JSON"
     words = {"str": "text", "int": "whole number", "float": "number", "Path": "file"}
     return words.get(getattr(annotation, "__name__", ""), "list")
 

@@ -324,13 +324,16 @@ _OUTPUT = (
 
 _SIDES = "self.accelerator.tpu.topology.split('x')"
 _CHIPS = f"int({_SIDES}[0]) * int({_SIDES}[1]) * ({_SIDES}.size() > 2 ? int({_SIDES}[2]) : 1)"
-_HOSTS = f"({_CHIPS} < 4 ? [1] : {_CHIPS} == 8 && {_SIDES}.size() == 2 ? [1, 2] : [({_CHIPS}) / 4])"
+_HAS_CHOICE = f"{_CHIPS} == 8 && {_SIDES}.size() == 2"
+_HOSTS = f"({_CHIPS} < 4 ? [1] : {_HAS_CHOICE} ? [1, 2] : [({_CHIPS}) / 4])"
+# string() and join() would make texts of unknown length, whose cost the API server estimates as boundless; format() does not.
+_HOSTS_TEXT = f"{_HAS_CHOICE} ? '1 or 2' : '%d'.format([{_CHIPS} < 4 ? 1 : ({_CHIPS}) / 4])"
 _NODES = (
     f"!has(self.nodes) || !has(self.accelerator) || !has(self.accelerator.tpu) || self.nodes in {_HOSTS}",
     "nodes contradicts accelerator.tpu.topology",
     (
-        f"'nodes ' + string(self.nodes) + ' contradicts accelerator.tpu.topology, whose hosts are ' + {_HOSTS}"
-        ".map(n, string(n)).join(' or ') + '; remove nodes or correct it'"
+        "'nodes %s contradicts accelerator.tpu.topology, whose hosts are %s; remove nodes or correct it'"
+        f".format(['%d'.format([self.nodes]), {_HOSTS_TEXT}])"
     ),
 )
 

@@ -1,14 +1,17 @@
 """How the next attempt of a run begins, or what hinders it (pure)."""
 
+from typing import Any
+
 from finetune_api import names
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import FineTuneJobSpec
 
+from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.profile import add_profile
 from finetune_operator.manifests.service import build_service
-from finetune_operator.observed import ProfileView
-from finetune_operator.policies.accelerator import PodShape, shape_pods
+from finetune_operator.observed import JobView, ProfileView
+from finetune_operator.policies.accelerator import CLASS_NOT_FOUND, PodShape, explain_missing_class, shape_pods
 from finetune_operator.policies.pending import explain_pending
 from finetune_operator.policies.profile import (
     apply_profile,
@@ -19,7 +22,7 @@ from finetune_operator.policies.profile import (
     take_snapshot,
 )
 from finetune_operator.policies.usage import begin_attempt
-from finetune_operator.state import State
+from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, without_estimate
 
 
@@ -29,7 +32,9 @@ def start_attempt(context: Context) -> Step:
     spec = apply_profile(context.spec, profile)
     if hindrance := explain_profile(spec, profile):
         return _hinder(context, hindrance)
-    shape = shape_pods(spec)
+    if missing := explain_missing_class(spec, context.settings.accelerators):
+        return _hinder(context, State(phase=Phase.PENDING, problem=CLASS_NOT_FOUND, message=missing, scheduled=False))
+    shape = shape_pods(spec, context.settings.accelerators)
     if hindrance := check_limits(spec, profile, shape=shape):
         return _hinder(context, hindrance)
     return _begin(context, spec, profile=profile, shape=shape)
@@ -58,8 +63,14 @@ def _begin(context: Context, spec: FineTuneJobSpec, *, profile: ProfileView | No
         state=explain_pending(None, spec=context.spec),
         status=without_estimate(status),
         absent=_list_absent(context),
-        apply=(build_service(context.job), manifest) if shape.nodes > 1 else (manifest,),
+        apply=(*_build_helpers(context.job, shape), manifest),
     )
+
+
+def _build_helpers(job: JobView, shape: PodShape) -> tuple[dict[str, Any], ...]:
+    """Return what the pods of a Job need beside it."""
+    templates = (build_claim_template(job, shape.devices),) if shape.devices else ()
+    return (*templates, build_service(job)) if shape.nodes > 1 else templates
 
 
 def _list_absent(context: Context) -> tuple[str, ...]:
@@ -70,6 +81,6 @@ def _list_absent(context: Context) -> tuple[str, ...]:
 
 
 def _hinder(context: Context, state: State) -> Step:
-    """Begin no attempt for a cause that a change of the spec or of a profile mends; both wake us."""
+    """Begin no attempt for a cause that a change of the spec, of a profile or of the operator's settings mends: all wake us."""
     # A run that then fails by its startDeadlineSeconds is revived when the user changes what the pods request.
     return Step(state=state, status=without_estimate(context.update(pod_shape=compute_pod_shape(context.spec)).status))

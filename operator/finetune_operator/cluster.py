@@ -47,6 +47,11 @@ _PREFIXES = {
     Kind.POD: "/api/v1",
     Kind.FINETUNEPROFILE: f"/apis/{names.API_VERSION}",
 }
+_CHILDREN = {
+    ("batch/v1", "Job"): ("/apis/batch/v1", "jobs"),
+    ("v1", "Service"): ("/api/v1", "services"),
+    ("resource.k8s.io/v1", "ResourceClaimTemplate"): ("/apis/resource.k8s.io/v1", "resourceclaimtemplates"),
+}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
@@ -99,9 +104,17 @@ class Cluster:
     async def apply_child(self, manifest: RawObject) -> RawObject:
         """Create or change a child by server-side apply, and return it."""
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        path = f"{_path(Kind.JOB, namespace)}/{name}"
+        prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
+        path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
         query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
-        return await self._request("patch", path, resource="jobs", query=query, body=manifest, content_type=_APPLY)
+        try:
+            return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
+        except NotFoundError as error:
+            # An apply creates what is not there, so either the namespace is missing or the whole kind.
+            if "namespaces" in error.message:
+                raise
+            message = f"the cluster does not serve {manifest['kind']} of {manifest['apiVersion']}"
+            raise RefusedError(message, status=error.status, reason=error.reason) from error
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object. What the status lacks is removed.

@@ -144,6 +144,8 @@ class Controller:
                 logger.info("waiting for Job %s/%s to be gone", job.namespace, name)
                 return False
         for manifest in outcome.apply:
+            if manifest["kind"] != "Job":
+                continue
             found = self._store.children.find((job.namespace, manifest["metadata"]["name"]))
             # Left behind by a deleted FineTuneJob of the same name: the garbage collector is about to remove it.
             if found is not None and found.owner_uid != job.uid and await self._exists(found.key):
@@ -163,8 +165,10 @@ class Controller:
 
     async def _apply(self, job: JobView, outcome: Outcome) -> None:
         for manifest in outcome.apply:
-            self._store.observe(Kind.JOB, await self._cluster.apply_child(manifest))
-            logger.info("applied Job %s/%s", job.namespace, manifest["metadata"]["name"])
+            applied = await self._cluster.apply_child(manifest)
+            if manifest["kind"] == "Job":
+                self._store.observe(Kind.JOB, applied)
+            logger.info("applied %s %s/%s", manifest["kind"], job.namespace, manifest["metadata"]["name"])
 
     async def _conclude(self, job: JobView, outcome: Outcome) -> None:
         """Write the status if it changed, then record the events: they tell of what is written."""
@@ -196,7 +200,7 @@ class Controller:
 
     async def _report_refusal(self, job: JobView, observed: Observed, outcome: Outcome, *, error: RefusedError) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
-        child = outcome.apply[0]["metadata"]["name"]
+        child = outcome.apply[-1]["metadata"]["name"]
         logger.warning("the API server refuses Job %s/%s: %s", job.namespace, child, error)
         refused = refuse(job, observed, child=child, message=error.message, now=self._clock(), settings=self._settings)
         await self._conclude(job, refused)

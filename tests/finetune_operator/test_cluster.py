@@ -16,6 +16,7 @@ from finetune_operator.manifests.job import build_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote, EventType
+from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.views import Kind, build_job_view, project_job
@@ -120,7 +121,7 @@ async def test_child_is_owned_and_changes_of_others_are_taken_back(team: Any, co
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     path = team.path("jobs", manifest["metadata"]["name"])
     async with connect() as cluster:
         await cluster.apply_child(manifest)
@@ -139,7 +140,9 @@ async def test_child_that_changed_is_not_deleted(team: Any, connect: Connect, fi
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         metadata = child["metadata"]
         seen = {"uid": metadata["uid"], "resource_version": metadata["resourceVersion"]}
         seen |= {field: "1" if field == "resource_version" else "00000000-0000-0000-0000-000000000000"}
@@ -161,7 +164,7 @@ async def test_invalid_child_is_refused_with_the_servers_words(team: Any, connec
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     manifest["spec"]["parallelism"] = -1
     async with connect() as cluster:
         with pytest.raises(RefusedError, match=r"spec\.parallelism") as caught:
@@ -175,7 +178,9 @@ async def test_listing_shows_ours_alone(team: Any, connect: Connect) -> None:
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         stranger = {"name": "trainer", "image": "i"}
         pod = {"metadata": {"name": "stranger"}, "spec": {"containers": [stranger]}}
         team.api.create(team.path("pods"), pod)

@@ -217,7 +217,7 @@ def _build(profile: dict[str, Any], **fields: Any) -> dict[str, Any]:
     world = World(spec=SPEC | fields)
     view = _view(**profile)
     spec = apply_profile(_spec(**fields), view)
-    shape = shape_pods(spec)
+    shape = shape_pods(spec, SETTINGS.accelerators)
     snapshot = take_snapshot(spec, view, shape=shape, training_seconds=60)
     job = build_job(world.job, spec, attempt=1, shape=shape, training_seconds=60, pod_shape="5e6f7a8b", settings=SETTINGS)
     return add_profile(job, view.spec, snapshot=snapshot)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from accelerators import CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -23,7 +24,7 @@ from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca", accelerators=CLASSES)
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
