@@ -56,6 +56,21 @@ LabelText = Annotated[str, StringConstraints(max_length=63)]
 LabelKey = Annotated[str, StringConstraints(max_length=317)]
 
 
+class TolerationOperator(StrEnum):
+    """How a toleration compares with a taint."""
+
+    EXISTS = "Exists"
+    EQUAL = "Equal"
+
+
+class TaintEffect(StrEnum):
+    """What a taint does to pods that do not tolerate it."""
+
+    NO_SCHEDULE = "NoSchedule"
+    PREFER_NO_SCHEDULE = "PreferNoSchedule"
+    NO_EXECUTE = "NoExecute"
+
+
 class Toleration(ApiModel):
     """A taint that the pods tolerate, as in a pod's spec."""
 
@@ -63,22 +78,22 @@ class Toleration(ApiModel):
 
     key: LabelKey | None = None
     """key is the taint's key. Default: all, with operator Exists."""
-    operator: Annotated[str, Field(pattern="^(Exists|Equal)$", max_length=6)] = "Equal"
+    operator: TolerationOperator = TolerationOperator.EQUAL
     """operator is `Exists` or `Equal`."""
     value: LabelText | None = None
     """value is the taint's value, for operator Equal."""
-    effect: Annotated[str, Field(pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$", max_length=16)] | None = None
+    effect: TaintEffect | None = None
     """effect is the taint's effect. Default: all."""
     toleration_seconds: Annotated[int, Field(ge=0)] | None = None
     """tolerationSeconds is for how long a taint with the effect NoExecute is tolerated. Default: for ever."""
 
     @model_validator(mode="after")
     def _be_one_that_a_pod_may_have(self) -> Self:
-        if self.key is None and self.operator != "Exists":
+        if self.key is None and self.operator is not TolerationOperator.EXISTS:
             raise ValueError(_KEYLESS[1])
-        if self.value is not None and self.operator == "Exists":
+        if self.value is not None and self.operator is TolerationOperator.EXISTS:
             raise ValueError(_VALUELESS[1])
-        if self.toleration_seconds is not None and self.effect != "NoExecute":
+        if self.toleration_seconds is not None and self.effect is not TaintEffect.NO_EXECUTE:
             raise ValueError(_LIMITED[1])
         return self
 

@@ -81,6 +81,6 @@ def _list_absent(context: Context) -> tuple[str, ...]:
 
 
 def _hinder(context: Context, state: State) -> Step:
-    """Begin no attempt for a cause that a change of the spec or of a profile mends; both wake us."""
+    """Begin no attempt for a cause that a change of the spec, of a profile or of the operator's settings mends: all wake us."""
     # A run that then fails by its startDeadlineSeconds is revived when the user changes what the pods request.
     return Step(state=state, status=without_estimate(context.update(pod_shape=compute_pod_shape(context.spec)).status))

@@ -247,6 +247,15 @@ class Team:
         }
         return dict(self.api.apply(self.path("finetunejobs", name), body))
 
+    def apply_profile(self, **spec: Any) -> None:
+        """Apply the team's profile, which has the name of its namespace: profiles are for the whole cluster."""
+        body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneProfile", "metadata": {"name": self.namespace}}
+        self.api.apply(self.profile_path, body | {"spec": spec})
+
+    @property
+    def profile_path(self) -> str:
+        return f"/apis/finetune.dev/v1alpha1/finetuneprofiles/{self.namespace}"
+
     def job(self, name: str = "emoji") -> dict[str, Any]:
         return dict(self.api.get(self.path("finetunejobs", name)))
 
@@ -337,6 +346,8 @@ def team(api: Any) -> Iterator[Team]:
     """A namespace of the test's own."""
     team = Team(api, f"team-{secrets.token_hex(4)}")
     yield team
+    if api.exists(team.profile_path):
+        api.delete(team.profile_path)
     for job in api.get(team.path("finetunejobs"))["items"]:
         api.delete(team.path("finetunejobs", job["metadata"]["name"]))
     api.delete(f"/api/v1/namespaces/{team.namespace}")
