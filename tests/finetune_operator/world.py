@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from accelerators import CLASSES
+from accelerators import CHART_CLASSES, CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -24,7 +24,12 @@ from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca", accelerators=CLASSES)
+SETTINGS = TrainerSettings(
+    image="trainer:1",
+    report_url="https://operator:10443",
+    report_ca="ca",
+    accelerators={name: CLASSES[name] for name in CHART_CLASSES},
+)
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
