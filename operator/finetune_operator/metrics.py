@@ -18,7 +18,9 @@ OTHER = "Other"
 STATES = (*get_args(StateReason), OTHER)
 RESULTS = ("success", "requeue", "refused", "error")
 VERBS = ("get", "list", "create", "patch", "delete")
-RESOURCES = ("finetunejobs", "finetunejobs/status", "jobs", "pods", "events", "tokenreviews")
+RESOURCES = (
+    "finetunejobs", "finetunejobs/status", "jobs", "services", "resourceclaimtemplates", "pods", "events", "tokenreviews",
+)  # fmt: skip
 CODES = ("2xx", "4xx", "5xx", "none")
 REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "malformed", "invalid", "throttled", "error")
 EVENTS = ("created", "repeated", "dropped", "error")
