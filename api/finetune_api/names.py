@@ -19,6 +19,8 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_RUN = f"{GROUP}/run"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_POD_SHAPE = f"{GROUP}/pod-shape"
+# The number of a pod within its Indexed Job: https://kubernetes.io/docs/reference/labels-annotations-taints/
+LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 # Labels and annotations of Kueue, which are copied from a FineTuneJob to its child Jobs and their pods:
 # https://kueue.sigs.k8s.io/docs/reference/labels-and-annotations/
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"

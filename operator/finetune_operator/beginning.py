@@ -12,7 +12,7 @@ from finetune_operator.manifests.profile import add_profile
 from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import JobView, ProfileView
 from finetune_operator.policies.accelerator import CLASS_NOT_FOUND, PodShape, explain_missing_class, shape_pods
-from finetune_operator.policies.pending import explain_pending
+from finetune_operator.policies.pending import explain_creation
 from finetune_operator.policies.profile import (
     apply_profile,
     check_limits,
@@ -60,7 +60,7 @@ def _begin(context: Context, spec: FineTuneJobSpec, *, profile: ProfileView | No
     manifest = add_profile(manifest, profile.spec if profile else None, snapshot=snapshot)
     status = begin_attempt(context.status, attempt=attempt, pod_shape=pod_shape, snapshot=snapshot)
     return Step(
-        state=explain_pending(None, spec=context.spec),
+        state=explain_creation(),
         status=without_estimate(status),
         absent=_list_absent(context),
         apply=(*_build_helpers(context.job, shape), manifest),

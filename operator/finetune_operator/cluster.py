@@ -102,11 +102,15 @@ class Cluster:
             await stale.close()
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
-        """Create or change a child by server-side apply, and return it."""
+        """Create a child by server-side apply, and return it.
+
+        It is not forced: where another manager, such as a queue, has changed the child, this raises ConflictError, so the
+        operator never takes back what others decided.
+        """
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
         path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
-        query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
+        query = {"fieldManager": names.FIELD_MANAGER}
         try:
             return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
         except NotFoundError as error:

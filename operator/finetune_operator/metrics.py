@@ -19,7 +19,10 @@ OTHER = "Other"
 STATES = (*get_args(StateReason), OTHER)
 RESULTS = ("success", "requeue", "refused", "error")
 VERBS = ("get", "list", "create", "patch", "delete")
-RESOURCES = ("finetunejobs", "finetunejobs/status", "jobs", "pods", "events", "tokenreviews", "finetuneprofiles")
+RESOURCES = (
+    "finetunejobs", "finetunejobs/status", "finetuneprofiles", "jobs", "pods", "services", "resourceclaimtemplates", "events",
+    "tokenreviews",
+)  # fmt: skip
 CODES = ("2xx", "4xx", "5xx", "none")
 REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "malformed", "invalid", "throttled", "error")
 EVENTS = ("created", "repeated", "dropped", "error")

@@ -67,6 +67,8 @@ class ChildView:
     created_at: datetime
     finished_at: datetime | None
     snapshot: Snapshot = field(default_factory=Snapshot)
+    nodes: int = 1
+    """Number of pods, which are all needed at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +82,16 @@ class PodView:
     """Name of the child Job."""
     run: str
     attempt: int
+    index: int = 0
+    """Number of the pod within its attempt; the trainer of the first one reports and publishes."""
+    created_at: datetime | None = None
     phase: str
     node: str | None
     deleting: bool
     deletion_due: datetime | None = None
     """When the pod must have stopped at the latest, if it is being deleted: the grace period is over then."""
+    deleted_at: datetime | None = None
+    """When somebody asked for its deletion."""
     image: str
     scheduled: bool
     unscheduled_reason: str | None
@@ -104,6 +111,7 @@ class PodView:
     disruption_reason: str | None = None
     """Reason of the condition DisruptionTarget: who ended the pod for a cause that is not its own."""
     disruption_message: str | None = None
+    disrupted_at: datetime | None = None
 
     @property
     def is_ended(self) -> bool:
@@ -143,10 +151,3 @@ class Observed:
     refusal: PodRefusal | None = None
     profiles: tuple[ProfileView, ...] = ()
     """All FineTuneProfiles of the cluster."""
-
-    def find_pod(self, *, run: str, attempt: int) -> PodView | None:
-        """Return the pod that speaks for an attempt: the one that ended, else one that is there, the newest of them."""
-        found = [(pod.exit_code is not None, True, not pod.deleting, pod.name, pod) for pod in self.pods]
-        found += [(pod.exit_code is not None, False, not pod.deleting, pod.name, pod) for pod in self.former_pods]
-        mine = [each for each in found if (each[-1].run, each[-1].attempt) == (run, attempt)]
-        return max(mine, key=lambda each: each[:-1])[-1] if mine else None

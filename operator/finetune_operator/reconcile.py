@@ -15,11 +15,12 @@ from finetune_api.v1alpha1 import Condition, Failure
 from finetune_operator.beginning import start_attempt
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodView
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
-from finetune_operator.policies.progress import describe_metric, find_report, merge_trainer_status
+from finetune_operator.policies.gang import Gang, find_root
+from finetune_operator.policies.progress import describe_metric, find_last_word, find_report, merge_trainer_status
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.policies.retry import compute_retry_time
 from finetune_operator.policies.usage import begin_attempt, begin_running, end_running
@@ -31,6 +32,7 @@ from finetune_operator.waiting import (
     explain_overdue,
     find_overdue,
     keep_state,
+    wait_for_end,
     wait_for_pods,
     wait_for_removal,
     wait_for_start,
@@ -51,11 +53,11 @@ def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: Trai
     return conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
 
 
-def refuse(job: JobView, observed: Observed, *, child: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
+def refuse(job: JobView, observed: Observed, *, subject: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
     """Return what is to be done about a job whose child the API server refuses to create, for example because of a quota."""
     assert job.spec is not None, "an unreadable spec has no child"
     context = build_context(job, job.spec, observed, now=now, settings=settings)
-    problem, text = explain_refusal(message, subject=f"Job {child}")
+    problem, text = explain_refusal(message, subject=subject)
     state = State(phase=Phase.PENDING, problem=problem, message=text, scheduled=False)
     return conclude(job, _limit_start(context, Step(state=state, status=context.status)), now=now, settings=settings)
 
@@ -87,11 +89,10 @@ def _attend(context: Context) -> Step:
 
 def _watch(context: Context, current: ChildView) -> Step:
     """Decide on an attempt that is under way."""
-    pod = context.find_pod(current.attempt)
-    if pod is not None and pod.is_ended:
-        return Step(state=keep_state(context, current), status=context.status)
-    if pod is not None:
-        context = replace(context, status=begin_running(context.status, pod))
+    gang = context.find_gang(current.attempt)
+    if gang.has_ended(current.nodes):
+        return wait_for_end(context, current)
+    context = replace(context, status=begin_running(context.status, gang))
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     if context.spec.suspend:
@@ -105,16 +106,19 @@ def _watch(context: Context, current: ChildView) -> Step:
     overdue, seconds = find_overdue(context)
     if overdue is not None:
         return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
-    if pod is None or pod.phase == "Pending" or pod.started_at is None:
-        return wait_for_start(context, current, pod=pod).wake(seconds)
-    return _run(context, current, pod=pod).wake(seconds)
+    if not gang.is_complete(current.nodes):
+        return wait_for_start(context, current, gang=gang).wake(seconds)
+    return _run(context, current, gang=gang).wake(seconds)
 
 
-def _run(context: Context, current: ChildView, *, pod: PodView) -> Step:
-    """Show the progress of a running trainer."""
+def _run(context: Context, current: ChildView, *, gang: Gang) -> Step:
+    """Show the progress of running trainers."""
     trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
     metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
-    state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in pod {pod.name} on node {pod.node}")
+    pod = gang.running[0]
+    where = f"pod {pod.name} on node {pod.node}"
+    pods = where if current.nodes == 1 else f"{current.nodes} pods, the first of them is {where}"
+    state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in {pods}")
     step = Step(state=state, status=context.update(trainer_status=trainer_status, metric=metric).status)
     return step.wake(compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
 
@@ -124,26 +128,28 @@ def _settle(context: Context, current: ChildView) -> Step:
     failure = context.status.failure
     if failure and failure.attempt == current.attempt:
         return _go_on(context)
-    pod = context.find_pod(current.attempt)
-    report = find_report(context.observed, current, pod=pod)
-    is_published = current.state is ChildState.COMPLETE or find_published(pod) is not None
+    gang = context.find_gang(current.attempt)
+    report = find_report(context.observed, current, pod=gang.leader)
+    is_published = current.state is ChildState.COMPLETE or find_published(gang.leader) is not None
     if is_published and report and report.output:
-        return complete(context, pod=pod, report=report, ended_at=current.finished_at)
-    if (waiting := compute_evidence_delay(context, current, pod=pod)) > 0:
+        return complete(context, gang=gang, report=report, ended_at=current.finished_at)
+    if (waiting := compute_evidence_delay(context, current, gang=gang)) > 0:
         return Step(state=keep_state(context, current), status=context.status, requeue_after=waiting)
-    return fail(context, current, verdict=classify_failure(current, pod, report=report, spec=context.spec), pod=pod)
+    root = find_root(gang)
+    words = report if root is gang.leader else find_last_word(root)
+    return fail(context, current, verdict=classify_failure(current, root, report=words, spec=context.spec), gang=gang)
 
 
 def _go_on(context: Context) -> Step:
     """Decide on the next attempt, when none is under way: all that must be true before it begins."""
     if context.status.running_since is not None:
         # The attempt left no failure: it was stopped, or somebody deleted its Job.
-        pod = context.find_pod(context.status.attempt)
-        if report := find_published(pod):
-            return complete(context, pod=pod, report=report, ended_at=None)
+        gang = context.find_gang(context.status.attempt)
+        if report := find_published(gang.leader):
+            return complete(context, gang=gang, report=report, ended_at=None)
         if context.busy_pods:
             return wait_for_pods(context)
-        context = replace(context, status=end_running(context.status, pod, now=context.now)[0])
+        context = replace(context, status=end_running(context.status, gang, now=context.now)[0])
     if _is_active_deadline_over(context):
         return fail_active_deadline(context, reason=DEADLINE)
     if context.busy_pods:
@@ -219,11 +225,10 @@ def _stop_at_deadline(context: Context, current: ChildView) -> Step:
 
 def _wait_for_deletion(context: Context, current: ChildView) -> Step:
     """Wait for the pods of an attempt that is being deleted; a model that it still publishes counts."""
-    pod = context.find_pod(current.attempt)
-    if report := find_published(pod):
-        return complete(context, pod=pod, report=report, ended_at=current.finished_at)
-    if pod is not None:
-        context = replace(context, status=begin_running(context.status, pod))
+    gang = context.find_gang(current.attempt)
+    if report := find_published(gang.leader):
+        return complete(context, gang=gang, report=report, ended_at=current.finished_at)
+    context = replace(context, status=begin_running(context.status, gang))
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     return wait_for_removal(context, (current,), message="the pods of the previous attempt are being stopped")

@@ -109,6 +109,9 @@ class ReportReceiver:
         pod = self._store.pods.find((namespace, reviewed.pod))
         if pod is None or pod.uid != reviewed.pod_uid or pod.owner != key or pod.owner_uid != job.uid:
             raise _forbidden(f"the token's pod does not belong to FineTuneJob {namespace}/{name}")
+        if pod.content.index != 0:
+            # All trainers of an attempt have the same to tell, and the first one alone publishes.
+            raise _forbidden("the reports of an attempt come from its first pod, the one with index 0")
         return pod
 
     async def _review(self, token: str) -> Reviewed:

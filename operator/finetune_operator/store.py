@@ -29,7 +29,8 @@ V = TypeVar("V")
 _MAX_TOMBSTONES = 16_384
 # Last views of deleted pods, by FineTuneJob. One that is forgotten costs a less exact cause of a failure.
 _MAX_FORMER = 1024
-_MAX_FORMER_PODS = 4
+_MAX_FIRST = 4
+_MAX_FORMER_PODS = 16
 
 
 class Table(Generic[V]):
@@ -82,7 +83,10 @@ class FormerPods:
         """Keep the view of a deleted pod in place of those of other attempts."""
         kept = self._records.pop(record.owner, ())
         kept = tuple(each for each in kept if each.content.child == record.content.child and each.uid != record.uid)
-        self._records[record.owner] = (*kept, record)[-_MAX_FORMER_PODS:]
+        # The first pod knows the checkpoint; of the others, those that went first are likely to know the cause.
+        first = [each for each in (*kept, record) if each.content.index == 0][-_MAX_FIRST:]
+        others = [each for each in (*kept, record) if each.content.index != 0][:_MAX_FORMER_PODS]
+        self._records[record.owner] = (*first, *others)
         while len(self._records) > _MAX_FORMER:
             self._records.popitem(last=False)
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
@@ -146,7 +146,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
         run=labels.get(names.LABEL_RUN, ""),
-        attempt=_parse_attempt(labels),
+        attempt=_parse_number(labels, names.LABEL_ATTEMPT),
         pod_shape=labels.get(names.LABEL_POD_SHAPE, ""),
         deleting="deletionTimestamp" in metadata,
         state=state,
@@ -155,6 +155,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
         snapshot=parse_snapshot(metadata.get("annotations") or {}),
+        nodes=(raw.get("spec") or {}).get("completions") or 1,
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -177,11 +178,14 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         resource_version=metadata["resourceVersion"],
         child=_find_controller(metadata),
         run=labels.get(names.LABEL_RUN, ""),
-        attempt=_parse_attempt(labels),
+        attempt=_parse_number(labels, names.LABEL_ATTEMPT),
+        index=_parse_number(labels, names.LABEL_INDEX),
+        created_at=_parse_time(metadata.get("creationTimestamp")),
         phase=status.get("phase", ""),
         node=spec.get("nodeName"),
         deleting="deletionTimestamp" in metadata,
         deletion_due=_parse_time(metadata.get("deletionTimestamp")),
+        deleted_at=_find_deletion(metadata),
         image=_find_container(spec.get("containers")).get("image", ""),
         scheduled=placement.get("status") == "True",
         unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
@@ -197,6 +201,7 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         pod_message=status.get("message"),
         disruption_reason=(disruption.get("reason") or "DisruptionTarget") if is_disrupted else None,
         disruption_message=disruption.get("message") if is_disrupted else None,
+        disrupted_at=_parse_time(disruption.get("lastTransitionTime")) if is_disrupted else None,
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -273,9 +278,15 @@ def _list_controllers(metadata: RawObject) -> Iterator[str]:
     return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
 
 
-def _parse_attempt(labels: Mapping[str, str]) -> int:
-    attempt = labels.get(names.LABEL_ATTEMPT, "")
-    return int(attempt) if attempt.isdecimal() else 0
+def _find_deletion(metadata: RawObject) -> datetime | None:
+    """Return when a deletion was asked for: the deletionTimestamp is when its grace period is over."""
+    due = _parse_time(metadata.get("deletionTimestamp"))
+    return due - timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0) if due else None
+
+
+def _parse_number(labels: Mapping[str, str], label: str) -> int:
+    number = labels.get(label, "")
+    return int(number) if number.isdecimal() else 0
 
 
 def _parse_reason(value: str | None) -> str | None:

@@ -32,6 +32,7 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
     ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
+    ("", "services"): ["create", "patch"],
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }

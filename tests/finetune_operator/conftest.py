@@ -107,10 +107,12 @@ class Objects:
         uid: str | None = None,
         version: int = 1,
         namespace: str = "team",
+        index: int = 0,
         status: dict[str, Any] | None = None,
         **metadata: Any,
     ) -> dict[str, Any]:
         _, run, attempt = child.rsplit("-", 2)
+        labels = _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt))
         return {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -119,7 +121,7 @@ class Objects:
                 "namespace": namespace,
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
-                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt)),
+                "labels": labels | {"batch.kubernetes.io/job-completion-index": str(index)},
                 "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": child, "uid": "j", "controller": True}],
                 **metadata,
             },
@@ -290,6 +292,16 @@ class Team:
             return pods[0] if len(pods) == 1 else None
 
         return dict(wait_until(find, what=f"there is one pod of {child or 'any Job'}"))
+
+    def wait_for_pods(self, number: int, *, attempt: int = 1) -> list[dict[str, Any]]:
+        """Wait for all pods of an attempt, in the order of their indexes."""
+
+        def find() -> list[dict[str, Any]] | None:
+            pods = [pod for pod in self.pods() if pod["metadata"]["labels"].get("finetune.dev/attempt") == str(attempt)]
+            pods.sort(key=lambda pod: int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]))
+            return pods if len(pods) == number else None
+
+        return list(wait_until(find, what=f"there are {number} pods of attempt {attempt}"))
 
     def run_pod(self, pod: dict[str, Any]) -> None:
         """Show a pod as running, as a kubelet would."""

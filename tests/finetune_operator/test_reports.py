@@ -74,6 +74,7 @@ async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
     store.observe(Kind.JOB, objects.child(attempt=2))
     for raw in (
         objects.pod("mine"),
+        objects.pod("second", index=1),
         objects.pod("of-another-job", job="other"),
         objects.pod("of-a-predecessor", job_uid="old"),
         objects.pod("elsewhere", namespace="else"),
@@ -82,6 +83,7 @@ async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
     reviewer = FakeReviewer(
         owners={
             "mine": _owner("mine"),
+            "second": _owner("second"),
             "another-job": _owner("of-another-job"),
             "predecessor": _owner("of-a-predecessor"),
             "earlier-pod": _owner("mine", uid="earlier"),
@@ -125,6 +127,7 @@ async def test_report_of_the_jobs_pod_is_kept_and_echoed(bench: Bench) -> None:
         pytest.param({"token": "predecessor"}, 403, "Forbidden", id="pod of a deleted job of the same name"),
         pytest.param({"token": "elsewhere"}, 403, "Forbidden", id="pod of another namespace"),
         pytest.param({"token": "person"}, 403, "Forbidden", id="token of a person"),
+        pytest.param({"token": "second"}, 403, "Forbidden", id="token of a pod that is not the first of its attempt"),
         pytest.param({"token": "no-pod"}, 403, "Forbidden", id="token that belongs to no pod"),
         pytest.param({"job": "absent"}, 404, "NotFound", id="no such job"),
         pytest.param({"body": b"x" * 70_000}, 413, "RequestEntityTooLarge", id="too large"),

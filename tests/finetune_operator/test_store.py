@@ -216,6 +216,14 @@ def test_only_the_deleted_pods_of_the_latest_attempt_are_kept(store: Store, obje
     assert ["new-5", "new-6", "new-7", "new-8"] == [pod.name for pod in _read(store).former_pods]
 
 
+def test_of_many_deleted_pods_the_first_one_and_those_that_went_first_are_kept(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    for index in range(20, -1, -1):
+        _observe_ended_pod(store, objects, f"p{index}", child="emoji-0a1b2c3d-1", version=30 - index, index=index)
+
+    assert [0, *range(20, 4, -1)] == [pod.index for pod in _read(store).former_pods]
+
+
 def test_deleted_pods_and_refusals_go_with_their_job(store: Store, objects: Any) -> None:
     store.observe(Kind.FINETUNEJOB, objects.job())
     store.put_refusal(_KEY, PodRefusal(child_uid="c", checked_at=_REPORT.received_at, message="no"))

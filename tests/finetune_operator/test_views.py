@@ -220,12 +220,20 @@ def test_disruption_of_a_pod_is_its_condition(objects: Any, condition: dict[str,
     assert expected == record.content.disruption_reason
 
 
-def test_pod_knows_its_attempt_and_when_it_must_have_stopped(objects: Any) -> None:
-    record = project_pod(objects.pod(child="emoji-0a1b2c3d-3", deletionTimestamp="2026-01-01T00:00:30Z"))
+def test_pod_knows_its_attempt_its_index_and_when_it_must_have_stopped(objects: Any) -> None:
+    deletion = {"deletionTimestamp": "2026-01-01T00:00:30Z", "deletionGracePeriodSeconds": 20}
+    pod = _project_pod(objects.pod(child="emoji-0a1b2c3d-3", index=2, **deletion))
 
-    assert record is not None
-    assert ("0a1b2c3d", 3) == (record.content.run, record.content.attempt)
-    assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == record.content.deletion_due
+    assert ("0a1b2c3d", 3, 2) == (pod.run, pod.attempt, pod.index)
+    assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == pod.deletion_due
+    assert datetime(2026, 1, 1, 0, 0, 10, tzinfo=UTC) == pod.deleted_at
+
+
+def test_child_knows_its_number_of_pods(objects: Any) -> None:
+    raw = objects.child()
+
+    assert 1 == _project_child(raw).nodes
+    assert 4 == _project_child(raw | {"spec": {"completions": 4}}).nodes
 
 
 @pytest.mark.parametrize(

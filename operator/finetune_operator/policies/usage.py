@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from finetune_api.v1alpha1 import FineTuneJobStatus, Usage
 
-from finetune_operator.observed import PodView
+from finetune_operator.policies.gang import Gang
 from finetune_operator.snapshot import Snapshot
 
 _SECONDS_PER_HOUR = 3600
@@ -33,24 +33,24 @@ def begin_attempt(status: FineTuneJobStatus, *, attempt: int, pod_shape: str, sn
     )
 
 
-def begin_running(status: FineTuneJobStatus, pod: PodView) -> FineTuneJobStatus:
-    """Return the status with the start of the pod's trainer in it, if it runs."""
-    if pod.started_at is None or pod.is_ended or status.running_since is not None:
+def begin_running(status: FineTuneJobStatus, gang: Gang) -> FineTuneJobStatus:
+    """Return the status with the start of the first trainer in it, if one runs: what the others hold is in use as well."""
+    if gang.started_at is None or status.running_since is not None or all(pod.is_ended for pod in gang.pods):
         return status
-    return status.model_copy(update={"running_since": pod.started_at, "start_time": status.start_time or pod.started_at})
+    return status.model_copy(update={"running_since": gang.started_at, "start_time": status.start_time or gang.started_at})
 
 
 def end_running(
-    status: FineTuneJobStatus, pod: PodView | None, *, now: datetime, is_complete: bool = False
+    status: FineTuneJobStatus, gang: Gang, *, now: datetime, is_complete: bool = False
 ) -> tuple[FineTuneJobStatus, int]:
     """Return the status with the running time of an ended attempt added, and the seconds of it that are lost.
 
     Lost is what lies between the newest checkpoint, or the start, and the end, unless the run is complete.
     """
-    since = status.running_since or (pod.started_at if pod else None)
+    since = status.running_since or gang.started_at
     if since is None:
         return status, 0
-    end = _find_end(status, pod, now=now)
+    end = _find_end(status, gang, now=now)
     saved_at = status.checkpoint.time if status.checkpoint else since
     seconds = _seconds_between(since, end)
     lost = 0 if is_complete else _seconds_between(max(since, saved_at), end)
@@ -82,10 +82,10 @@ def _add_use(usage: Usage, *, seconds: int, lost_seconds: int) -> Usage:
     return usage.model_copy(update=update)
 
 
-def _find_end(status: FineTuneJobStatus, pod: PodView | None, *, now: datetime) -> datetime:
-    """Return when a trainer ended: as its pod tells, else its last sign of life, else now."""
-    if pod and pod.finished_at:
-        return pod.finished_at
+def _find_end(status: FineTuneJobStatus, gang: Gang, *, now: datetime) -> datetime:
+    """Return when the last trainer ended: as its pod tells, else its last sign of life, else now."""
+    if gang.finished_at:
+        return gang.finished_at
     reported_at = status.trainer_status.last_updated_time if status.trainer_status else None
     is_sign_of_life = reported_at is not None and status.running_since is not None and reported_at > status.running_since
     return reported_at if is_sign_of_life and reported_at is not None else now
