@@ -1,9 +1,11 @@
 """Every constraint of a FineTuneProfile, held by the models and by a real kube-apiserver alike: one table for both."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from finetune_api.crd import build_profile_crd
 from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from pydantic import ValidationError
@@ -389,6 +391,14 @@ def test_the_api_server_refuses_and_says_what_is_allowed(api: Any, constraint: C
     assert constraint.says in answer["message"]
     assert constraint.path.removesuffix("[0]").removesuffix(".*") in answer["message"]
     assert "should match" not in answer["message"], "a person cannot read a regular expression"
+
+
+@pytest.mark.apiserver
+def test_the_api_server_accepts_the_example(api: Any) -> None:
+    example = Path(__file__).parents[2] / "examples" / "profile.yaml"
+    status, answer = api.request("POST", _PATH, yaml.safe_load(example.read_text(encoding="utf-8")))
+
+    assert 201 == status, answer["message"]
 
 
 @pytest.mark.apiserver

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,6 +226,19 @@ def _build(profile: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 def test_job_with_a_full_profile_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
     golden("job-profile.yaml", yaml.safe_dump(_build(_PROFILE), sort_keys=False))
+
+
+def test_example_in_the_docs_becomes_pods() -> None:
+    example = Path(__file__).parents[2] / "examples" / "profile.yaml"
+    pod = _build(yaml.safe_load(example.read_text(encoding="utf-8"))["spec"])["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+
+    assert "1" == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert {"pool": "training"}.items() <= pod["nodeSelector"].items()
+    assert {"key": "dedicated", "operator": "Equal", "value": "training", "effect": "NoSchedule"} in pod["tolerations"]
+    assert "training" == pod["priorityClassName"]
+    assert {"name": "HF_HOME", "value": "/mnt/cache/huggingface"} in container["env"]
+    assert {"name": "profile-cache", "mountPath": "/mnt/cache"} in container["volumeMounts"]
 
 
 def test_empty_profile_adds_nothing_but_annotations() -> None:
