@@ -202,11 +202,14 @@ async def test_listing_shows_ours_alone(team: Any, connect: Connect) -> None:
         stranger = {"name": "trainer", "image": "i"}
         pod = {"metadata": {"name": "stranger"}, "spec": {"containers": [stranger]}}
         team.api.create(team.path("pods"), pod)
-        listings = {kind: await cluster.list_versions(kind, namespace=team.namespace) for kind in Kind}
+        team.apply_profile()
+        scopes = {kind: kind.list_scopes((team.namespace,))[0] for kind in Kind}
+        listings = {kind: await cluster.list_versions(kind, namespace=scope) for kind, scope in scopes.items()}
 
     assert set(listings[Kind.FINETUNEJOB].objects) == {view.uid}
     assert listings[Kind.JOB].objects[child["metadata"]["uid"]][0] == (team.namespace, child["metadata"]["name"])
     assert "stranger" not in {key[1] for key, _ in listings[Kind.POD].objects.values()}
+    assert ("", team.namespace) in {key for key, _ in listings[Kind.FINETUNEPROFILE].objects.values()}
 
 
 async def test_token_names_its_pod(team: Any, connect: Connect) -> None:

@@ -70,7 +70,8 @@ def _find_shortage(reason: str, text: str, *, spec: FineTuneJobSpec) -> tuple[st
     Source: https://github.com/kubernetes/kubernetes/tree/v1.34.4/pkg/scheduler/framework/plugins (noderesources, volumebinding)
     """
     if missing := re.search('persistentvolumeclaim "([^"]+)" not found', text):
-        return "ClaimNotFound", f"there is no PersistentVolumeClaim {missing[1]}; create it or correct the URI in the spec: "
+        advice = "create it, or correct the URI in the spec or the volume in the profile"
+        return "ClaimNotFound", f"there is no PersistentVolumeClaim {missing[1]}; {advice}: "
     if "unbound immediate PersistentVolumeClaims" in text:
         claims = ", ".join(sorted(_list_claims(spec)))
         return "ClaimNotBound", f"a PersistentVolumeClaim of {claims} has no volume; check its storage class: "
