@@ -324,12 +324,13 @@ _OUTPUT = (
 
 _SIDES = "self.accelerator.tpu.topology.split('x')"
 _CHIPS = f"int({_SIDES}[0]) * int({_SIDES}[1]) * ({_SIDES}.size() > 2 ? int({_SIDES}[2]) : 1)"
-_HAS_CHOICE = f"{_CHIPS} == 8 && {_SIDES}.size() == 2"
-_HOSTS = f"({_CHIPS} < 4 ? [1] : {_HAS_CHOICE} ? [1, 2] : [({_CHIPS}) / 4])"
+_IS_FLAT = f"{_SIDES}.size() == 2"
+# A host has 4 chips; slices of one host may have 1 or 8 as well.
+_FITS = f"self.nodes * 4 == {_CHIPS} || (self.nodes == 1 && {_IS_FLAT} && {_CHIPS} <= 8)"
 # string() and join() would make texts of unknown length, whose cost the API server estimates as boundless; format() does not.
-_HOSTS_TEXT = f"{_HAS_CHOICE} ? '1 or 2' : '%d'.format([{_CHIPS} < 4 ? 1 : ({_CHIPS}) / 4])"
+_HOSTS_TEXT = f"{_CHIPS} == 8 && {_IS_FLAT} ? '1 or 2' : '%d'.format([{_CHIPS} < 4 ? 1 : ({_CHIPS}) / 4])"
 _NODES = (
-    f"!has(self.nodes) || !has(self.accelerator) || !has(self.accelerator.tpu) || self.nodes in {_HOSTS}",
+    f"!has(self.nodes) || !has(self.accelerator) || !has(self.accelerator.tpu) || {_FITS}",
     "nodes contradicts accelerator.tpu.topology",
     (
         "'nodes %s contradicts accelerator.tpu.topology, whose hosts are %s; remove nodes or correct it'"

@@ -1,5 +1,6 @@
 """All that one reconcile may know, as immutable views of what the cluster showed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -93,6 +94,8 @@ class PodView:
     deleted_at: datetime | None = None
     """When somebody asked for its deletion."""
     image: str
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the pod's node must have."""
     scheduled: bool
     unscheduled_reason: str | None
     unscheduled_message: str | None

@@ -187,6 +187,7 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         deletion_due=_parse_time(metadata.get("deletionTimestamp")),
         deleted_at=_find_deletion(metadata),
         image=_find_container(spec.get("containers")).get("image", ""),
+        node_selector=spec.get("nodeSelector") or {},
         scheduled=placement.get("status") == "True",
         unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
         unscheduled_message=placement.get("message") if is_unscheduled else None,

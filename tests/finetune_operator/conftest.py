@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerators import RAW_CLASSES
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -364,6 +365,7 @@ def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Ope
         "KUBECONFIG": str(kubeconfig),
         "FINETUNE_NAMESPACES": team.namespace,
         "FINETUNE_TRAINER_IMAGE": "trainer:test",
+        "FINETUNE_ACCELERATORS": json.dumps(RAW_CLASSES),
         "FINETUNE_BIND_ADDRESS": "127.0.0.1",
         "FINETUNE_REPORT_URL": f"https://localhost:{ports['FINETUNE_REPORT_PORT']}",
         "FINETUNE_REPORT_CA_FILE": str(certificate),
@@ -451,7 +453,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
 

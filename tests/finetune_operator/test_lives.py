@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from accelerators import CLASSES
 from finetune_api.conditions import is_true
-from world import PUBLISHED, SPEC, World
+from world import PUBLISHED, SETTINGS, SPEC, World
 
 _LIMIT = 2
 _POLICIES: tuple[dict[str, Any], ...] = (
@@ -72,6 +73,7 @@ def test_killed_operator_comes_to_the_same_end_as_one_that_lives(seed: int) -> N
 def test_profiles_that_come_change_and_go_touch_no_attempt_that_runs(seed: int) -> None:
     chance = random.Random(seed)
     world = _begin(chance)
+    world.settings = SETTINGS.model_copy(update={"accelerators": CLASSES})
     for _ in range(40):
         if chance.random() < 0.5:
             _happen(world, chance)

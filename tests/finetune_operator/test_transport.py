@@ -8,6 +8,7 @@ from aiohttp import web
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError
 from finetune_operator.metrics import Metrics
+from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.views import Kind, RawObject
 from kubernetes.aio.client import Configuration
 from prometheus_client import generate_latest
@@ -115,6 +116,39 @@ async def test_errors_keep_the_servers_words(
 
     assert caught.type is error
     assert any(word in str(caught.value) for word in ("m", "spec.x: no", "bad gateway", "half"))
+
+
+_TEMPLATE = {
+    "apiVersion": "resource.k8s.io/v1",
+    "kind": "ResourceClaimTemplate",
+    "metadata": {"namespace": "team", "name": "emoji-0b6e-0a1b2c3d"},
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(_status(404, "NotFound", "the server could not find the requested resource"), id="no such kind"),
+        pytest.param((404, {}, "404 page not found"), id="no such group"),
+    ],
+)
+async def test_a_kind_that_the_cluster_lacks_is_refused_with_what_is_needed(
+    cluster: Cluster, server: Server, answer: tuple[int, dict[str, str], str]
+) -> None:
+    server.answers = [answer]
+    with pytest.raises(RefusedError) as caught:
+        await cluster.apply_child(_TEMPLATE)
+
+    reason, message = explain_refusal(caught.value.message, subject="Job emoji-0a1b2c3d-1")
+    assert "DeviceClaimsUnsupported" == reason
+    assert "does not serve ResourceClaimTemplate of resource.k8s.io/v1" in message
+    assert "needs Kubernetes 1.34" in message
+
+
+async def test_a_namespace_that_is_gone_is_no_refusal(cluster: Cluster, server: Server) -> None:
+    server.answers = [_status(404, "NotFound", "namespaces 'team' not found")]
+    with pytest.raises(NotFoundError):
+        await cluster.apply_child(_TEMPLATE)
 
 
 async def test_list_is_read_in_chunks(cluster: Cluster, server: Server) -> None:

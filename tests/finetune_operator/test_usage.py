@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from accelerators import CLASSES
 from finetune_api.profile import AcceleratorKind
 from finetune_api.v1alpha1 import CheckpointStatus, FineTuneJobStatus, Usage
 from finetune_operator.measures import measure
@@ -13,7 +14,7 @@ from finetune_operator.policies.gang import Gang
 from finetune_operator.policies.usage import begin_attempt, end_running
 from finetune_operator.snapshot import Snapshot
 from prometheus_client import generate_latest
-from world import PUBLISHED, START, World
+from world import PUBLISHED, SETTINGS, START, World
 
 
 def _run(status: FineTuneJobStatus, snapshot: Snapshot, *, seconds: int, is_complete: bool = False) -> FineTuneJobStatus:
@@ -95,7 +96,8 @@ def test_restarts_suspensions_and_deletions_are_all_counted_once() -> None:
 def test_accelerators_of_all_pods_are_charged(
     spec: dict[str, Any], profile: dict[str, Any], accelerators: int, kind: str
 ) -> None:
-    world = World().put_profile(isDefault=True, pricePerAcceleratorHour="3600", **profile).change(**spec).settle()
+    world = World(settings=SETTINGS.model_copy(update={"accelerators": CLASSES}))
+    world.put_profile(isDefault=True, pricePerAcceleratorHour="3600", **profile).change(**spec).settle()
     world.run().wait(10).disrupt()
     world.run().wait(5).exit(0, message=PUBLISHED)
 

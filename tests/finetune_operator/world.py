@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from accelerators import CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -24,7 +23,7 @@ from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca", accelerators=CLASSES)
+SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
@@ -104,6 +103,7 @@ class World:
     refusal: PodRefusal | None = None
     profiles: dict[str, ProfileView] = field(default_factory=dict)
     now: datetime = START
+    settings: TrainerSettings = SETTINGS
     events: list[tuple[str, str]] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
     services: list[dict[str, Any]] = field(default_factory=list)
@@ -169,13 +169,13 @@ class World:
         return [child for child in self.children.values() if child.state is ChildState.ACTIVE]
 
     def reconcile(self) -> Outcome:
-        return reconcile(self.job, self.observed, now=self.now, settings=SETTINGS)
+        return reconcile(self.job, self.observed, now=self.now, settings=self.settings)
 
     def refuse(self, message: str) -> Outcome:
         """Let the API server refuse the child that the decision wants."""
         (manifest,) = self.reconcile().apply
         subject = f"Job {manifest['metadata']['name']}"
-        return refuse(self.job, self.observed, subject=subject, message=message, now=self.now, settings=SETTINGS)
+        return refuse(self.job, self.observed, subject=subject, message=message, now=self.now, settings=self.settings)
 
     def settle(self) -> "World":
         """Reconcile and carry out, until nothing is left to do but wait."""
