@@ -26,6 +26,7 @@ LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 ANNOTATION_PREFIX_TOPOLOGY = "kueue.x-k8s.io/podset-"
+ANNOTATION_QUEUE = f"{GROUP}/queue"
 ANNOTATION_CA = f"{GROUP}/ca.crt"
 # What an attempt was begun with: the operator reads them back from the child Job, people read them as well.
 ANNOTATION_PROFILE = f"{GROUP}/profile"

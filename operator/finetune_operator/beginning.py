@@ -6,6 +6,7 @@ from finetune_api import names
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import FineTuneJobSpec
 
+from finetune_operator.admission import explain_queueing
 from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.profile import add_profile
@@ -60,7 +61,7 @@ def _begin(context: Context, spec: FineTuneJobSpec, *, profile: ProfileView | No
     manifest = add_profile(manifest, profile.spec if profile else None, snapshot=snapshot)
     status = begin_attempt(context.status, attempt=attempt, pod_shape=pod_shape, snapshot=snapshot)
     return Step(
-        state=explain_creation(),
+        state=explain_queueing(context.job.queue, attempt=attempt) if context.job.queue else explain_creation(),
         status=without_estimate(status),
         absent=_list_absent(context),
         apply=(*_build_helpers(context.job, shape), manifest),

@@ -63,7 +63,14 @@ def fail(context: Context, current: ChildView, *, verdict: Verdict, gang: Gang) 
         return _end_run(status, failure, reason=failure.reason, why="a retry cannot mend this", at=finished_at)
     if is_counted and status.restarts_counted_towards_limit >= limit:
         return _end_run(status, failure, reason=BACKOFF_LIMIT, why=f"backoffLimit {limit} is reached", at=finished_at)
-    status = record_restart(status, failure, is_counted=is_counted, ended_at=finished_at, lost_seconds=lost_seconds)
+    status = record_restart(
+        status,
+        attempt=failure.attempt,
+        reason=failure.reason,
+        is_counted=is_counted,
+        ended_at=finished_at,
+        lost_seconds=lost_seconds,
+    )
     return Step(state=explain_retry(status, failure), status=status, events=(_note(failure, action="Retry"),), requeue_after=0)
 
 

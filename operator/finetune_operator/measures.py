@@ -35,9 +35,11 @@ def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, create
 
 def _measure_restart(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
     failure = new.failure if new.failure != old.failure else None
-    cause = _find_cause(failure.reason) if failure else "stop"
-    if failure is not None and new.restarts > old.restarts:
+    if new.restarts > old.restarts:
+        cause = _find_cause(new.restart_history[-1].reason)
         metrics.count(RETRIES, cause=cause)
+    else:
+        cause = _find_cause(failure.reason) if failure else "stop"
     if (lost := new.lost_seconds - old.lost_seconds) > 0:
         metrics.count(LOST_SECONDS, lost, cause=cause)
 

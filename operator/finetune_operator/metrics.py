@@ -84,7 +84,8 @@ API_REQUESTS = Definition(
 RETRIES = Definition(
     type="counter",
     name="finetune_job_retries_total",
-    help="Number of failed attempts that were followed by a retry, by cause: disruptions do not count towards backoffLimit.",
+    help="Number of attempts that ended early and were followed by a retry, by cause: disruptions, evictions by a queue among "
+    "them, do not count towards backoffLimit.",
     labels={"cause": CAUSES[:-1]},
 )
 LOST_SECONDS = Definition(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from finetune_api import names
 from finetune_api.contract import TrainerReport
 from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
@@ -25,6 +26,20 @@ class JobView:
     spec: FineTuneJobSpec | None
     spec_error: str | None
     status: FineTuneJobStatus
+    queue_labels: Mapping[str, str] = field(default_factory=dict)
+    """The labels for the queue that is to admit the job's attempts."""
+    topology: Mapping[str, str] = field(default_factory=dict)
+    """The annotations that tell a queue how close the pods must be."""
+
+    @property
+    def queue(self) -> str | None:
+        """Return the queue that is to admit the attempts, or None if they need no admission."""
+        return self.queue_labels.get(names.LABEL_QUEUE)
+
+    @property
+    def queue_request(self) -> str:
+        """Return queue and priority as one text, by which a change of them is seen; empty without a queue."""
+        return "/".join(self.queue_labels[label] for label in sorted(self.queue_labels, reverse=True)) if self.queue else ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -70,6 +85,12 @@ class ChildView:
     snapshot: Snapshot = field(default_factory=Snapshot)
     nodes: int = 1
     """Number of pods, which are all needed at once."""
+    suspended: bool = False
+    """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
+    queue: str | None = None
+    """The queue that it is in, which may be one that the cluster's administrator chose."""
+    queue_request: str = ""
+    """The queue and the priority that it was created for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from finetune_api.conditions import find_condition
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import Condition, Failure
 
+from finetune_operator.admission import account_for_eviction, wait_for_admission
 from finetune_operator.beginning import start_attempt
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
@@ -78,6 +79,10 @@ def _attend(context: Context) -> Step:
     current = context.current
     if current is None or current.attempt < context.status.attempt:
         return _go_on(context)
+    if current.attempt > context.status.attempt and context.status.running_since is not None:
+        # The operator was killed before it wrote that the attempt before this one is over.
+        gang = context.find_gang(context.status.attempt)
+        context = replace(context, status=end_running(context.status, gang, now=current.created_at)[0])
     status = begin_attempt(context.status, attempt=current.attempt, pod_shape=current.pod_shape, snapshot=current.snapshot)
     context = replace(context, status=status)
     if current.deleting:
@@ -88,11 +93,29 @@ def _attend(context: Context) -> Step:
 
 
 def _watch(context: Context, current: ChildView) -> Step:
-    """Decide on an attempt that is under way."""
+    """Decide on an attempt that is under way, or that its queue holds."""
     gang = context.find_gang(current.attempt)
-    if gang.has_ended(current.nodes):
-        return wait_for_end(context, current)
-    context = replace(context, status=begin_running(context.status, gang))
+    if current.suspended and (report := find_published(gang.leader)):
+        return complete(context, gang=gang, report=report, ended_at=None)
+    context, events = account_for_eviction(context, current)
+    step = _hold(context, current) if current.suspended else _follow(context, current)
+    return replace(step, events=(*events, *step.events))
+
+
+def _hold(context: Context, current: ChildView) -> Step:
+    """Decide on an attempt that its queue has not admitted, or has evicted."""
+    if stopping := _stop(context, current):
+        return stopping
+    if context.job.queue_request != current.queue_request and not context.busy_pods:
+        return wait_for_removal(context, (current,), message="the Job is being replaced, as the queue or the priority changed")
+    overdue, seconds = find_overdue(context)
+    if overdue is not None:
+        return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
+    return wait_for_admission(context, current).wake(seconds)
+
+
+def _stop(context: Context, current: ChildView) -> Step | None:
+    """Have an attempt stopped, if the user or a deadline wants that."""
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     if context.spec.suspend:
@@ -103,6 +126,17 @@ def _watch(context: Context, current: ChildView) -> Step:
             (current,),
             message="the pods are being replaced, as spec.resources, accelerator, nodes or profileRef changed",
         )
+    return None
+
+
+def _follow(context: Context, current: ChildView) -> Step:
+    """Decide on an attempt that may have its pods."""
+    gang = context.find_gang(current.attempt)
+    if gang.has_ended(current.nodes):
+        return wait_for_end(context, current)
+    context = replace(context, status=begin_running(context.status, gang))
+    if stopping := _stop(context, current):
+        return stopping
     overdue, seconds = find_overdue(context)
     if overdue is not None:
         return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
@@ -205,11 +239,14 @@ def _stay(context: Context, phase: Phase) -> Step:
     problem = ended.reason if phase is Phase.FAILED else None
     left = compute_ttl_seconds(context.spec.run_policy, context.status, now=context.now)
     step = Step(state=State(phase=phase, problem=problem, message=ended.message), status=context.status)
-    # What did not start in time holds quota and accelerators for as long as it exists.
-    removed = context.attempts if left == 0 else tuple(each for each in context.attempts if each.state is ChildState.ACTIVE)
-    if left == 0 or problem == START_DEADLINE:
-        return replace(step, delete=tuple(child for child in removed if not child.deleting))
-    return step.wake(left if context.attempts else None)
+    # What did not start in time holds quota and accelerators for as long as it exists, and a queue may admit what it holds.
+    removed = tuple(
+        each
+        for each in context.attempts
+        if left == 0 or (each.state is ChildState.ACTIVE and (each.suspended or problem == START_DEADLINE))
+    )
+    step = replace(step, delete=tuple(child for child in removed if not child.deleting))
+    return step.wake(left if left and context.attempts else None)
 
 
 def _suspended(context: Context) -> Step:

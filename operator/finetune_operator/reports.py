@@ -103,8 +103,8 @@ class ReportReceiver:
         if not reviewed.username.startswith(f"system:serviceaccount:{namespace}:") or reviewed.pod is None:
             raise _forbidden(f"the token does not belong to a pod in namespace {namespace}")
         job = self._store.jobs.find(key)
-        if job is None:
-            message = f"there is no FineTuneJob {namespace}/{name}"
+        if job is None or not job.content.is_ours:
+            message = f"there is no FineTuneJob {namespace}/{name} of this operator"
             raise ReportError(HTTPStatus.NOT_FOUND, message, result="not_found", reason="NotFound")
         pod = self._store.pods.find((namespace, reviewed.pod))
         if pod is None or pod.uid != reviewed.pod_uid or pod.owner != key or pod.owner_uid != job.uid:

@@ -16,6 +16,7 @@ from finetune_api.v1alpha1 import Condition
 class Phase(StrEnum):
     """What a FineTuneJob is doing, for our own decisions; users see conditions."""
 
+    QUEUED = "Queued"
     PENDING = "Pending"
     RETRYING = "Retrying"
     RUNNING = "Running"

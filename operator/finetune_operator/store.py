@@ -128,9 +128,9 @@ class Store:
         return self._list_users(record.name, before=before) if is_change else ()
 
     def read(self, key: Key) -> tuple[JobView, Observed] | None:
-        """Return the FineTuneJob and all that belongs to it, or None if it is not there."""
+        """Return the FineTuneJob and all that belongs to it, or None if it is not there or another manager's."""
         record = self.jobs.find(key)
-        if record is None:
+        if record is None or not record.content.is_ours:
             return None
         # An earlier FineTuneJob of the same name may have left children that the garbage collector has not removed yet.
         observed = Observed(
@@ -154,8 +154,8 @@ class Store:
             self._refusals[key] = refusal
 
     def list_keys(self) -> list[Key]:
-        """Return the keys of all FineTuneJobs."""
-        return [record.key for record in self.jobs]
+        """Return the keys of all FineTuneJobs that are not another manager's."""
+        return [record.key for record in self.jobs if record.content.is_ours]
 
     def versions(self, kind: Kind) -> dict[str, int]:
         """Return the resourceVersion of every object of a kind by its uid."""
@@ -191,7 +191,7 @@ class Store:
         """Return the FineTuneJobs with this profile, those included for which it is, or was before, the default."""
         after = self._find_default()
         users = {profile, None} if before != after or profile == after else {profile}
-        return tuple(record.key for record in self.jobs if record.content.profile in users)
+        return tuple(record.key for record in self.jobs if record.content.is_ours and record.content.profile in users)
 
     def _take_in(self, kind: Kind, record: Record[Any], *, is_deleted: bool) -> bool:
         """Put or remove a record; return whether it tells anything new."""
@@ -203,6 +203,9 @@ class Store:
             return previous is not None
         if self._is_outdated(record, previous=previous):
             return False
+        if kind is Kind.JOB and previous is not None and previous.content.suspended and not record.content.suspended:
+            # The attempt is admitted: what its pods before an eviction were says nothing about those that come.
+            self._former_pods.drop(record.owner)
         self._put(kind, record)
         return True
 
@@ -234,7 +237,7 @@ class Store:
 
     def _count(self, key: Key, change: int) -> None:
         record = self.jobs.find(key)
-        if record is not None:
+        if record is not None and record.content.is_ours:
             self._states[record.content.state] += change
 
 

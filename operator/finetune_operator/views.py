@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from finetune_api import names
 from finetune_api.profile import FineTuneProfileSpec
-from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus, ManagedBy
 from pydantic import BaseModel, ValidationError
 
 from finetune_operator.observed import ChildState, ChildView, JobView, PodView, ProfileView
@@ -76,6 +76,10 @@ class JobContent:
     status: bytes
     profile: str | None
     """Name of the profile that the spec names."""
+    queue_labels: Mapping[str, str]
+    topology: Mapping[str, str]
+    is_ours: bool
+    """Whether spec.managedBy leaves the object to this operator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +102,20 @@ class Reviewed:
 
 def project_job(raw: RawObject) -> Record[JobContent]:
     """Return the record of a FineTuneJob."""
-    metadata = raw["metadata"]
-    status = raw.get("status") or {}
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     ready = _find_condition(status, "Ready")
     content = JobContent(
         generation=metadata.get("generation", 0),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         deleting="deletionTimestamp" in metadata,
         state=ready.get("reason", ""),
-        spec=_dump(raw.get("spec") or {}),
+        spec=_dump(spec),
         status=_dump(status),
-        profile=((raw.get("spec") or {}).get("profileRef") or {}).get("name"),
+        profile=(spec.get("profileRef") or {}).get("name"),
+        queue_labels={label: labels[label] for label in (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY) if labels.get(label)},
+        topology={name: value for name, value in annotations.items() if name.startswith(names.ANNOTATION_PREFIX_TOPOLOGY)},
+        is_ours=spec.get("managedBy", ManagedBy.OPERATOR) == ManagedBy.OPERATOR,
     )
     return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
 
@@ -138,7 +145,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
-    status = raw.get("status") or {}
+    spec, status = raw.get("spec") or {}, raw.get("status") or {}
     state, condition = _find_end(status)
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
     content = ChildView(
@@ -155,7 +162,10 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
         snapshot=parse_snapshot(metadata.get("annotations") or {}),
-        nodes=(raw.get("spec") or {}).get("completions") or 1,
+        nodes=spec.get("completions") or 1,
+        suspended=bool(spec.get("suspend")),
+        queue=labels.get(names.LABEL_QUEUE) or None,
+        queue_request=(metadata.get("annotations") or {}).get(names.ANNOTATION_QUEUE, ""),
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -220,6 +230,8 @@ def build_job_view(record: Record[JobContent]) -> JobView:
         spec=spec,
         spec_error=error,
         status=_parse_status(record.content.status),
+        queue_labels=record.content.queue_labels,
+        topology=record.content.topology,
     )
 
 

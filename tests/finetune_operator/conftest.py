@@ -237,12 +237,20 @@ class Team:
         prefix = "/apis/events.k8s.io/v1" if plural == "events" else prefix
         return f"{prefix}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
-    def apply(self, name: str = "emoji", **spec: Any) -> dict[str, Any]:
+    def apply(
+        self,
+        name: str = "emoji",
+        *,
+        labels: dict[str, str] | None = None,
+        annotations: dict[str, str] | None = None,
+        **spec: Any,
+    ) -> dict[str, Any]:
         """Apply a FineTuneJob."""
+        metadata = {"name": name, "namespace": self.namespace, "labels": labels or {}, "annotations": annotations or {}}
         body = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": self.namespace},
+            "metadata": metadata,
             "spec": SPEC | spec,
         }
         return dict(self.api.apply(self.path("finetunejobs", name), body))

@@ -109,6 +109,17 @@ def test_accelerators_of_all_pods_are_charged(
     assert f"{15 * accelerators}.0000" == usage.cost
 
 
+def test_eviction_by_a_queue_is_accounted_for_and_waiting_for_it_costs_nothing() -> None:
+    world = World(labels={"kueue.x-k8s.io/queue-name": "team"}).put_profile(isDefault=True, pricePerAcceleratorHour="3600")
+    world.settle().wait(500).admit().settle().run().wait(10).save().wait(3)
+    world.drop_profile().evict().settle().wait(500).admit().settle().run().wait(7).exit(0, message=PUBLISHED)
+
+    usage = world.status.usage
+    assert usage is not None
+    assert "Complete" == world.state
+    assert (10 + 3 + 7, 3, "20.0000") == (usage.accelerator_seconds, usage.wasted_accelerator_seconds, usage.cost)
+
+
 def test_waiting_costs_nothing() -> None:
     world = World().put_profile(isDefault=True, pricePerAcceleratorHour="36").settle().wait(500).settle().run()
 

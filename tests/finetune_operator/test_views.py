@@ -245,3 +245,31 @@ def test_reason_of_a_pod_can_be_that_of_a_condition(objects: Any, reason: str | 
 
     assert record is not None
     assert expected == record.content.pod_reason
+
+
+_KUEUE = "kueue.x-k8s.io"
+
+
+def test_job_knows_its_queue_and_nothing_else_of_its_metadata(objects: Any) -> None:
+    labels = {f"{_KUEUE}/queue-name": "a", f"{_KUEUE}/priority-class": "high", "team": "x"}
+    topology = {f"{_KUEUE}/podset-preferred-topology": "rack"}
+    raw = objects.job(labels=labels, annotations=topology | {f"{_KUEUE}/other": "1", "note": "x"})
+    view, plain = build_job_view(project_job(raw)), build_job_view(project_job(objects.job()))
+
+    assert ("a", "a/high", topology) == (view.queue, view.queue_request, view.topology)
+    assert (None, "", {}, {}) == (plain.queue, plain.queue_request, plain.queue_labels, plain.topology)
+
+
+def test_priority_without_a_queue_asks_for_nothing(objects: Any) -> None:
+    view = build_job_view(project_job(objects.job(labels={f"{_KUEUE}/priority-class": "high"})))
+
+    assert (None, "") == (view.queue, view.queue_request)
+
+
+def test_child_knows_whether_its_queue_holds_it(objects: Any) -> None:
+    raw = objects.child(annotations={"finetune.dev/queue": "a/high"})
+    raw["metadata"]["labels"] |= {f"{_KUEUE}/queue-name": "a"}
+    held, plain = _project_child(raw | {"spec": {"suspend": True}}), _project_child(objects.child())
+
+    assert (True, "a", "a/high") == (held.suspended, held.queue, held.queue_request)
+    assert (False, None, "") == (plain.suspended, plain.queue, plain.queue_request)

@@ -96,6 +96,7 @@ class World:
     spec: dict[str, Any] = field(default_factory=lambda: dict(SPEC))
     status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
     generation: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
     children: dict[str, ChildView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     former_pods: dict[str, PodView] = field(default_factory=dict)
@@ -120,6 +121,7 @@ class World:
             spec=FineTuneJobSpec.model_validate(self.spec),
             spec_error=None,
             status=self.status,
+            queue_labels=self.labels,
         )
 
     @property
@@ -214,6 +216,9 @@ class World:
                 created_at=self.now,
                 snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
                 nodes=manifest["spec"]["completions"],
+                suspended=manifest["spec"].get("suspend", False),
+                queue=labels.get("kueue.x-k8s.io/queue-name"),
+                queue_request=manifest["metadata"].get("annotations", {}).get("finetune.dev/queue", ""),
             )
         if next(done, None) is None:
             return
@@ -258,6 +263,24 @@ class World:
         created = {"child": child.name, "run": child.run, "attempt": child.attempt, "index": index, "created_at": self.now}
         known = self.pods.get(name) or build_pod(name=name, uid=f"uid-{name}-{self.now}", phase="Pending", **created)
         self.pods[name] = replace(known, **fields)
+        return self
+
+    def admit(self) -> "World":
+        """Let the queue admit the newest attempt. As in the store, what its pods were before is forgotten."""
+        self.children[self.newest.name] = replace(self.newest, suspended=False)
+        self.former_pods = {}
+        return self
+
+    def suspend_child(self) -> "World":
+        """Let the queue evict the newest attempt, whose pods the Job controller begins to delete."""
+        self.children[self.newest.name] = replace(self.newest, suspended=True)
+        for pod in [pod for pod in self.pods.values() if pod.child == self.newest.name and not pod.is_ended]:
+            self.pods[pod.name] = replace(pod, deleting=True, deleted_at=self.now)
+        return self
+
+    def evict(self) -> "World":
+        """Let the queue evict the newest attempt, and its pods be gone."""
+        self.suspend_child()._stop_pods(self.newest.name)
         return self
 
     def run(self) -> "World":

@@ -132,6 +132,17 @@ def test_examples_are_valid(path: Path) -> None:
         assert document["spec"] == known["spec"], "the example has fields that the API does not know"
 
 
+@pytest.mark.parametrize("path", _list_files("docs/tasks/*.md"), ids=_name)
+def test_jobs_in_the_docs_are_valid(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    documents = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+
+    for document in documents:
+        if document.get("kind") == "FineTuneJob":
+            job = FineTuneJob.model_validate(document)
+            assert document["spec"] == job.model_dump(mode="json", by_alias=True, exclude_unset=True)["spec"]
+
+
 @pytest.mark.parametrize("path", _list_files("*.md"), ids=_name)
 def test_links_resolve(path: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

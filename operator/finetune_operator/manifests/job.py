@@ -49,10 +49,14 @@ def build_job(
         "metadata": {
             "name": name,
             "namespace": job.namespace,
-            "labels": labels,
+            # Not on the pods, which a queue would then count for themselves.
+            "labels": {**labels, **job.queue_labels} if job.queue_labels else labels,
+            **({"annotations": {names.ANNOTATION_QUEUE: job.queue_request}} if job.queue else {}),
             "ownerReferences": [build_owner(job)],
         },
         "spec": {
+            # The queue has to find it suspended; from then on the field is the queue's.
+            **({"suspend": True} if job.queue else {}),
             "completionMode": "Indexed",
             "completions": shape.nodes,
             "parallelism": shape.nodes,
@@ -60,7 +64,7 @@ def build_job(
             # A pod counts as failed only when it is gone, so that two attempts never write at once.
             "podReplacementPolicy": "Failed",
             "template": {
-                "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca}},
+                "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca, **job.topology}},
                 "spec": _build_pod_spec(job, spec, config=config, shape=shape, settings=settings),
             },
         },

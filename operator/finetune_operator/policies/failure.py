@@ -40,7 +40,7 @@ _POD_REASONS = {
 }
 # Exit codes that a deletion of the pod leads to: saved and left, ended by SIGTERM, ended by SIGKILL.
 _DELETED = frozenset({ExitCode.PREEMPTED.value, 143, 137})
-_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost"})
+_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost", "QueueEvicted"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,11 @@ class Gang:
         return next((pod for pod in self.pods if pod.index == 0), None)
 
     @property
+    def present(self) -> tuple[PodView, ...]:
+        """Return the pods that are there."""
+        return tuple(pod for pod in self.pods if pod.uid not in self.gone)
+
+    @property
     def running(self) -> tuple[PodView, ...]:
         """Return the pods whose trainer has started."""
         return tuple(pod for pod in self.pods if pod.started_at is not None and pod.phase != "Pending")

@@ -35,9 +35,10 @@ def begin_attempt(status: FineTuneJobStatus, *, attempt: int, pod_shape: str, sn
 
 def begin_running(status: FineTuneJobStatus, gang: Gang) -> FineTuneJobStatus:
     """Return the status with the start of the first trainer in it, if one runs: what the others hold is in use as well."""
-    if gang.started_at is None or status.running_since is not None or all(pod.is_ended for pod in gang.pods):
+    started_at = min((pod.started_at for pod in gang.present if pod.started_at), default=None)
+    if started_at is None or status.running_since is not None or all(pod.is_ended for pod in gang.present):
         return status
-    return status.model_copy(update={"running_since": gang.started_at, "start_time": status.start_time or gang.started_at})
+    return status.model_copy(update={"running_since": started_at, "start_time": status.start_time or started_at})
 
 
 def end_running(
