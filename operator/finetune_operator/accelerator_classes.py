@@ -10,13 +10,15 @@ from typing import Annotated, Self
 
 from finetune_api.base import ObjectName
 from finetune_api.contract import Backend, DeviceType
-from finetune_api.profile import Toleration
+from finetune_api.profile import EnvironmentVariable, Toleration
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 PARAMETERS = frozenset({"product", "profile", "type", "topology"})
 """Fields of spec.accelerator that a class may refer to, in braces."""
 
+_TAKEN_VARIABLES = frozenset({"HOME"})
+_TAKEN_RESOURCES = frozenset({"cpu", "memory"})
 _PLACEHOLDER = re.compile(r"{([^{}]*)}")
 
 
@@ -25,6 +27,20 @@ def _check_placeholders(text: str) -> str:
     if unknown:
         raise ValueError(f"{{{min(unknown)}}} is unknown; what may stand in braces: {', '.join(sorted(PARAMETERS))}")
     return text
+
+
+def _check_environment(environment: dict[str, str]) -> dict[str, str]:
+    for name, value in environment.items():
+        EnvironmentVariable(name=name, value=value)
+    if taken := _TAKEN_VARIABLES & set(environment):
+        raise ValueError(f"{min(taken)} is set by the operator")
+    return environment
+
+
+def _check_resources(resources: dict[str, str]) -> dict[str, str]:
+    if taken := _TAKEN_RESOURCES & set(resources):
+        raise ValueError(f"{min(taken)} is for the job to say, in spec.resources")
+    return resources
 
 
 Template = Annotated[str, Field(min_length=1), AfterValidator(_check_placeholders)]
@@ -57,9 +73,9 @@ class AcceleratorClass(BaseModel):
     """Labels that the nodes must have. One that refers to a field that the job leaves out is left out."""
     tolerations: tuple[ClassToleration, ...] = ()
     """Taints that the pods tolerate."""
-    extra_resources: dict[str, str] = Field(default_factory=dict)
+    extra_resources: Annotated[dict[str, str], AfterValidator(_check_resources)] = Field(default_factory=dict)
     """Further resources of each pod, such as huge pages."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: Annotated[dict[str, str], AfterValidator(_check_environment)] = Field(default_factory=dict)
     """Environment variables of the trainer."""
 
     @model_validator(mode="after")

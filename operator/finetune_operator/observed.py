@@ -82,9 +82,9 @@ class ChildView:
     message: str
     created_at: datetime
     finished_at: datetime | None
-    snapshot: Snapshot = field(default_factory=Snapshot)
     nodes: int = 1
     """Number of pods, which are all needed at once."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
     suspended: bool = False
     """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
     queue: str | None = None

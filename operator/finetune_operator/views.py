@@ -161,11 +161,11 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         message=condition.get("message", ""),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
-        snapshot=parse_snapshot(metadata.get("annotations") or {}),
         nodes=spec.get("completions") or 1,
         suspended=bool(spec.get("suspend")),
         queue=labels.get(names.LABEL_QUEUE) or None,
         queue_request=(metadata.get("annotations") or {}).get(names.ANNOTATION_QUEUE, ""),
+        snapshot=parse_snapshot(metadata.get("annotations") or {}),
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 

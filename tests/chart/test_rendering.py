@@ -31,8 +31,8 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/status"): ["patch"],
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
-    ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
     ("", "services"): ["create", "patch"],
+    ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }

@@ -166,6 +166,10 @@ def test_without_classes_there_is_the_cpu_alone(case: Case) -> None:
         pytest.param({"processesPerAccelerator": 0}, "npu.processesPerAccelerator", id="no process"),
         pytest.param({"resource": "corp.test/npu-{size}"}, "{size} is unknown", id="unknown placeholder"),
         pytest.param({"nodeSelector": {"pool": "{Product}"}}, "{Product} is unknown", id="unknown placeholder in a label"),
+        pytest.param({"extraResources": {"memory": "1Gi"}}, "memory is for the job to say", id="memory"),
+        pytest.param({"environment": {"HOME": "/"}}, "HOME is set by the operator", id="variable of the operator"),
+        pytest.param({"environment": {"FINETUNE_X": "1"}}, "a variable of the operator's own", id="reserved variable"),
+        pytest.param({"environment": {"A B": "1"}}, "must be that of an environment variable", id="no variable"),
         pytest.param({"tolerations": [{"keys": "a"}]}, "npu.tolerations.0.keys", id="unknown field of a toleration"),
     ],
 )
@@ -213,7 +217,7 @@ def test_a_job_without_its_class_waits_and_says_so() -> None:
     world = World(spec=SPEC | {"accelerator": {"custom": {"className": "npu"}}}).settle()
 
     assert ("AcceleratorClassNotFound", {}) == (world.state, world.children)
-    assert "npu for this; it has none: correct spec.accelerator" in world.message
+    assert "the operator has no accelerator class npu for this; it has" in world.message
     assert [("Warning", "AcceleratorClassNotFound")] == world.events
     assert Outcome() == world.wait(3600).reconcile(), "nothing to do and no time to look again, until something changes"
 

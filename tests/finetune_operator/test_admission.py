@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from finetune_api import names
 from finetune_api.conditions import find_condition
 from finetune_operator.manifests.job import build_job
 from finetune_operator.policies.accelerator import shape_pods
@@ -42,7 +43,7 @@ def test_job_without_a_queue_leaves_the_suspension_to_others() -> None:
     world = World().settle()
 
     assert "suspend" not in world.manifests[0]["spec"]
-    assert "finetune.dev/queue" not in world.manifests[0]["metadata"]["annotations"]
+    assert names.ANNOTATION_QUEUE not in world.manifests[0]["metadata"]["annotations"]
 
 
 def test_attempt_is_queued_until_it_is_admitted_and_no_deadline_counts() -> None:

@@ -77,6 +77,15 @@ def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fi
     golden(name, yaml.safe_dump(_build(**fields), sort_keys=False))
 
 
+def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
+    service = build_service(_JOB)
+    template = _build(nodes=4)["spec"]["template"]
+
+    golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
+    assert service["metadata"]["name"] == template["spec"]["subdomain"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_job_on_each_accelerator_is_the_golden_one(golden: Callable[[str, str], None], case: Case) -> None:
     job = _build(accelerator=case.accelerator, **case.spec)
@@ -107,15 +116,6 @@ def test_other_devices_have_a_template_of_their_own(devices: DeviceRequest) -> N
     others = build_claim_template(_JOB, devices)
 
     assert build_claim_template(_JOB, _DEVICES)["metadata"]["name"] != others["metadata"]["name"]
-
-
-def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
-    service = build_service(_JOB)
-    template = _build(nodes=4)["spec"]["template"]
-
-    golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
-    assert service["metadata"]["name"] == template["spec"]["subdomain"]
-    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
 
 
 def test_configuration_in_the_pod_reads_back() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerators import CLASSES
 from finetune_api.conditions import find_condition, is_true
 from finetune_api.contract import Backend, DeviceType, compute_pod_shape
 from finetune_api.profile import AcceleratorKind, FineTuneProfileSpec
@@ -219,7 +218,7 @@ def _build(profile: dict[str, Any], **fields: Any) -> dict[str, Any]:
     world = World(spec=SPEC | fields)
     view = _view(**profile)
     spec = apply_profile(_spec(**fields), view)
-    shape = shape_pods(spec, CLASSES)
+    shape = shape_pods(spec, SETTINGS.accelerators)
     snapshot = take_snapshot(spec, view, shape=shape, training_seconds=60)
     job = build_job(world.job, spec, attempt=1, shape=shape, training_seconds=60, pod_shape="5e6f7a8b", settings=SETTINGS)
     return add_profile(job, view.spec, snapshot=snapshot)
@@ -295,13 +294,6 @@ def test_profile_that_never_comes_ends_the_job_at_its_start_deadline() -> None:
     assert ("Failed", ("StartDeadlineExceeded", "ProfileNotFound")) == (world.state, world.cause)
     world.put_profile("other").change(profileRef={"name": "other"}).settle()
     assert ("Pending", 1) == (world.state, len(world.children))
-
-
-def test_accelerator_of_the_profile_needs_a_class_as_well() -> None:
-    world = World().put_profile(isDefault=True, accelerator={"custom": {"className": "npu"}}).settle()
-
-    assert ("AcceleratorClassNotFound", 0) == (world.state, len(world.children))
-    assert "Pending" == world.put_profile(isDefault=True).settle().state
 
 
 def test_profile_of_a_later_version_is_an_error_of_its_own() -> None:
@@ -384,8 +376,7 @@ def test_budget_outlives_an_operator_that_was_killed_before_it_wrote_it_down() -
 
 
 def test_pod_shape_is_of_the_spec_alone() -> None:
-    settings = SETTINGS.model_copy(update={"accelerators": CLASSES})
-    world = World(settings=settings).put_profile(isDefault=True, accelerator={"nvidia": {"count": 1}}).settle()
+    world = World().put_profile(isDefault=True, accelerator={"nvidia": {"count": 1}}).settle()
 
     assert compute_pod_shape(_spec()) == world.status.pod_shape == world.active[0].pod_shape
     assert "nvidia" == world.manifests[-1]["metadata"]["annotations"]["finetune.dev/accelerator-kind"]

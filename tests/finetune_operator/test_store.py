@@ -241,31 +241,6 @@ def test_deleted_pods_of_a_predecessor_are_not_the_successors(store: Store, obje
     assert () == _read(store).former_pods
 
 
-def test_pods_before_an_eviction_are_forgotten_with_the_next_admission(store: Store, objects: Any) -> None:
-    suspended = objects.child(version=2) | {"spec": {"suspend": True}}
-    store.observe(Kind.FINETUNEJOB, objects.job())
-    store.observe(Kind.JOB, suspended)
-    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=3)
-    assert ["a"] == [pod.name for pod in _read(store).former_pods]
-    store.observe(Kind.JOB, objects.child(version=4) | {"spec": {"suspend": False}})
-    assert () == _read(store).former_pods
-    _observe_ended_pod(store, objects, "b", child="emoji-0a1b2c3d-1", version=5)
-    store.observe(Kind.JOB, objects.child(version=6) | {"spec": {"suspend": False}})
-
-    assert ["b"] == [pod.name for pod in _read(store).former_pods]
-
-
-def test_job_of_another_manager_is_known_and_left_alone(store: Store, objects: Any) -> None:
-    foreign = objects.job(spec={"managedBy": "kueue.x-k8s.io/multikueue"}, version=3)
-    store.observe(Kind.FINETUNEJOB, foreign)
-
-    assert None is store.read(_KEY)
-    assert ([], {}) == (store.list_keys(), store.count_states())
-    assert store.knows(Kind.FINETUNEJOB, _KEY, uid=foreign["metadata"]["uid"], version=3), "or the audit would wait for it"
-    store.observe(Kind.FINETUNEJOB, foreign, is_deleted=True)
-    assert {} == store.count_states()
-
-
 @pytest.fixture
 def team(store: Store, objects: Any) -> Store:
     """A store with a job that names profile a, one that names b, and one that names none."""
@@ -332,3 +307,28 @@ def test_unreadable_profile_is_still_the_default(team: Store, objects: Any) -> N
     assert (profile.is_default, profile.spec) == (True, None)
     assert profile.spec_error is not None
     assert "spec.limits.maxNodes" in profile.spec_error
+
+
+def test_pods_before_an_eviction_are_forgotten_with_the_next_admission(store: Store, objects: Any) -> None:
+    suspended = objects.child(version=2) | {"spec": {"suspend": True}}
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.JOB, suspended)
+    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=3)
+    assert ["a"] == [pod.name for pod in _read(store).former_pods]
+    store.observe(Kind.JOB, objects.child(version=4) | {"spec": {"suspend": False}})
+    assert () == _read(store).former_pods
+    _observe_ended_pod(store, objects, "b", child="emoji-0a1b2c3d-1", version=5)
+    store.observe(Kind.JOB, objects.child(version=6) | {"spec": {"suspend": False}})
+
+    assert ["b"] == [pod.name for pod in _read(store).former_pods]
+
+
+def test_job_of_another_manager_is_known_and_left_alone(store: Store, objects: Any) -> None:
+    foreign = objects.job(spec={"managedBy": "kueue.x-k8s.io/multikueue"}, version=3)
+    store.observe(Kind.FINETUNEJOB, foreign)
+
+    assert None is store.read(_KEY)
+    assert ([], {}) == (store.list_keys(), store.count_states())
+    assert store.knows(Kind.FINETUNEJOB, _KEY, uid=foreign["metadata"]["uid"], version=3), "or the audit would wait for it"
+    store.observe(Kind.FINETUNEJOB, foreign, is_deleted=True)
+    assert {} == store.count_states()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from accelerators import CHART_CLASSES, CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -23,7 +24,12 @@ from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+SETTINGS = TrainerSettings(
+    image="trainer:1",
+    report_url="https://operator:10443",
+    report_ca="ca",
+    accelerators={name: CLASSES[name] for name in CHART_CLASSES},
+)
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
@@ -104,7 +110,6 @@ class World:
     refusal: PodRefusal | None = None
     profiles: dict[str, ProfileView] = field(default_factory=dict)
     now: datetime = START
-    settings: TrainerSettings = SETTINGS
     events: list[tuple[str, str]] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
     services: list[dict[str, Any]] = field(default_factory=list)
@@ -171,13 +176,13 @@ class World:
         return [child for child in self.children.values() if child.state is ChildState.ACTIVE]
 
     def reconcile(self) -> Outcome:
-        return reconcile(self.job, self.observed, now=self.now, settings=self.settings)
+        return reconcile(self.job, self.observed, now=self.now, settings=SETTINGS)
 
     def refuse(self, message: str) -> Outcome:
         """Let the API server refuse the child that the decision wants."""
         (manifest,) = self.reconcile().apply
         subject = f"Job {manifest['metadata']['name']}"
-        return refuse(self.job, self.observed, subject=subject, message=message, now=self.now, settings=self.settings)
+        return refuse(self.job, self.observed, subject=subject, message=message, now=self.now, settings=SETTINGS)
 
     def settle(self) -> "World":
         """Reconcile and carry out, until nothing is left to do but wait."""
@@ -214,8 +219,8 @@ class World:
                 attempt=int(labels["finetune.dev/attempt"]),
                 pod_shape=labels["finetune.dev/pod-shape"],
                 created_at=self.now,
-                snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
                 nodes=manifest["spec"]["completions"],
+                snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
                 suspended=manifest["spec"].get("suspend", False),
                 queue=labels.get("kueue.x-k8s.io/queue-name"),
                 queue_request=manifest["metadata"].get("annotations", {}).get("finetune.dev/queue", ""),
