@@ -191,7 +191,7 @@ class Store:
         """Return the FineTuneJobs with this profile, those included for which it is, or was before, the default."""
         after = self._find_default()
         users = {profile, None} if before != after or profile == after else {profile}
-        return tuple(record.key for record in self.jobs if record.content.profile in users)
+        return tuple(record.key for record in self.jobs if record.content.is_ours and record.content.profile in users)
 
     def _take_in(self, kind: Kind, record: Record[Any], *, is_deleted: bool) -> bool:
         """Put or remove a record; return whether it tells anything new."""

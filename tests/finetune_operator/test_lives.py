@@ -122,6 +122,7 @@ def _change_profiles(world: World, chance: random.Random) -> None:
     world.settle()
     if before[0]:
         assert before == (world.active, world.pods)
+    assert not [child for child in world.active if child.deleting and child not in before[0]], "it was begun to be replaced"
 
 
 def _check_budgets(world: World) -> None:

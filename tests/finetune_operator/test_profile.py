@@ -296,6 +296,13 @@ def test_profile_that_never_comes_ends_the_job_at_its_start_deadline() -> None:
     assert ("Pending", 1) == (world.state, len(world.children))
 
 
+def test_accelerator_of_the_profile_needs_a_class_as_well() -> None:
+    world = World().put_profile(isDefault=True, accelerator={"custom": {"className": "absent"}}).settle()
+
+    assert ("AcceleratorClassNotFound", 0) == (world.state, len(world.children))
+    assert "Pending" == world.put_profile(isDefault=True).settle().state
+
+
 def test_profile_of_a_later_version_is_an_error_of_its_own() -> None:
     world = World().put_profile(isDefault=True, limits={"accelerators": ["quantum"]}).settle()
 

@@ -247,6 +247,8 @@ def team(store: Store, objects: Any) -> Store:
     for name in ("a", "b"):
         store.observe(Kind.FINETUNEJOB, objects.job(name, spec={"profileRef": {"name": name}}))
     store.observe(Kind.FINETUNEJOB, objects.job("none", spec={}))
+    foreign = {"profileRef": {"name": "a"}, "managedBy": "kueue.x-k8s.io/multikueue"}
+    store.observe(Kind.FINETUNEJOB, objects.job("another-managers", spec=foreign))
     return store
 
 

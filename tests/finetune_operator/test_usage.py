@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from finetune_api.profile import AcceleratorKind
@@ -79,6 +80,42 @@ def test_restarts_suspensions_and_deletions_are_all_counted_once() -> None:
     assert Decimal("0.64") == Decimal(36 * 24 + 72 * 20) / 3600
     assert world.status.active_seconds == usage.accelerator_seconds
     assert world.status.lost_seconds == usage.wasted_accelerator_seconds == 7 + 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "profile", "accelerators", "kind"),
+    [
+        pytest.param({"nodes": 3}, {}, 3, "cpu", id="CPU pods"),
+        pytest.param({"nodes": 2, "accelerator": {"nvidia": {"count": 8}}}, {}, 16, "nvidia", id="GPUs of two nodes"),
+        pytest.param(
+            {}, {"accelerator": {"tpu": {"type": "tpu-v6e-slice", "topology": "4x4"}}}, 16, "tpu", id="a slice by the profile"
+        ),
+    ],
+)
+def test_accelerators_of_all_pods_are_charged(
+    spec: dict[str, Any], profile: dict[str, Any], accelerators: int, kind: str
+) -> None:
+    world = World().put_profile(isDefault=True, pricePerAcceleratorHour="3600", **profile).change(**spec).settle()
+    world.run().wait(10).disrupt()
+    world.run().wait(5).exit(0, message=PUBLISHED)
+
+    usage = world.status.usage
+    assert usage is not None
+    assert "Complete" == world.state
+    assert (accelerators, kind) == (usage.accelerators, usage.accelerator_kind.value)
+    assert (15 * accelerators, 10 * accelerators) == (usage.accelerator_seconds, usage.wasted_accelerator_seconds)
+    assert f"{15 * accelerators}.0000" == usage.cost
+
+
+def test_eviction_by_a_queue_is_accounted_for_and_waiting_for_it_costs_nothing() -> None:
+    world = World(labels={"kueue.x-k8s.io/queue-name": "team"}).put_profile(isDefault=True, pricePerAcceleratorHour="3600")
+    world.settle().wait(500).admit().settle().run().wait(10).save().wait(3)
+    world.drop_profile().evict().settle().wait(500).admit().settle().run().wait(7).exit(0, message=PUBLISHED)
+
+    usage = world.status.usage
+    assert usage is not None
+    assert "Complete" == world.state
+    assert (10 + 3 + 7, 3, "20.0000") == (usage.accelerator_seconds, usage.wasted_accelerator_seconds, usage.cost)
 
 
 def test_waiting_costs_nothing() -> None:
