@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 from finetune_api import names
 from finetune_api.crd import build_crd, build_crds, build_profile_crd
+from finetune_operator.accelerator_classes import AcceleratorClass, AcceleratorClasses
 from finetune_operator.metrics import build_reference as build_metrics_page
 from generate_chart import build_readme, build_values_schema
-from generate_reference import build_api_page, build_exit_codes_page, build_settings_page
+from generate_reference import build_api_page, build_classes_page, build_exit_codes_page, build_settings_page
+from pydantic import TypeAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = Path("charts/finetune-operator")
@@ -44,12 +46,17 @@ def build_files() -> dict[Path, str]:
         Path("docs/reference/finetunejob.md"): _with_notice(build_api_page(build_crd())),
         Path("docs/reference/finetuneprofile.md"): _with_notice(build_api_page(build_profile_crd())),
         Path("docs/reference/settings.md"): _with_notice(build_settings_page()),
+        Path("docs/reference/accelerator-classes.md"): _with_notice(build_classes_page(_read_classes(values))),
         Path("docs/reference/exit-codes.md"): _with_notice(build_exit_codes_page()),
         Path("docs/reference/metrics.md"): _with_notice(build_metrics_page()),
     }
     for path, text in files.items():
         assert text.isascii(), f"{path} holds more than ASCII"
     return files
+
+
+def _read_classes(values: str) -> dict[str, AcceleratorClass]:
+    return TypeAdapter(AcceleratorClasses).validate_python(yaml.safe_load(values)["accelerators"])
 
 
 def build_crd_template(crds: Iterable[dict[str, Any]]) -> str:

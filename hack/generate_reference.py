@@ -4,9 +4,10 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from finetune_api import contract, names
+from finetune_operator.accelerator_classes import AcceleratorClass
 from finetune_operator.settings import Settings
 
 Schema = dict[str, Any]
@@ -27,6 +28,16 @@ The chart sets all of them from its values; see [its README](../../charts/finetu
 
 | variable | type | default | meaning |
 | --- | --- | --- | --- |
+"""
+
+_CLASSES_HEAD = """# Accelerator classes of the chart
+
+What each kind of accelerator needs of pods and nodes: the chart's value `accelerators`.
+[Add a class](../accelerators/add-a-class.md) says how to change it.
+Words in braces stand for fields of `spec.accelerator`; a label whose field a job leaves out is left out.
+
+| class | the pod requests | processes for each | device | backend | labels of the node | taints tolerated | environment |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 _EXIT_CODES_HEAD = """# Exit codes of the trainer
@@ -51,6 +62,11 @@ def build_api_page(crd: Schema) -> str:
     objects = (each for name in parts for each in _walk(name, root["properties"][name]))
     sections = (head + _build_rules(root), _build_columns(version["additionalPrinterColumns"], short=kinds["shortNames"][0]))
     return "\n".join((*sections, *(_build_section(path, node) for path, node in objects)))
+
+
+def build_classes_page(classes: dict[str, AcceleratorClass]) -> str:
+    """Return the page of the chart's accelerator classes."""
+    return _CLASSES_HEAD + "".join(f"{_build_class_row(name, each)}\n" for name, each in classes.items())
 
 
 def build_settings_page() -> str:
@@ -133,20 +149,33 @@ def _describe_bounds(node: Schema) -> str:
     return "; ".join(parts) or "-"
 
 
+def _build_class_row(name: str, each: AcceleratorClass) -> str:
+    what = f"`{each.resource}`" if each.resource else f"DeviceClass `{each.device_class}`"
+    extra = "".join(f", `{resource}: {amount}`" for resource, amount in each.extra_resources.items())
+    labels = ", ".join(f"`{label}`: `{value}`" for label, value in each.node_selector.items()) or "-"
+    taints = ", ".join(f"`{taint.key}`" for taint in each.tolerations) or "-"
+    variables = ", ".join(f"`{variable}={value}`" for variable, value in each.environment.items()) or "-"
+    processes = each.processes_per_accelerator
+    return f"| `{name}` | {what}{extra} | {processes} | `{each.device}` | `{each.backend}` | {labels} | {taints} | {variables} |"
+
+
 def _list_settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
-        default = "required" if field.is_required() else f"`{_plain(field.default)}`" if _plain(field.default) else "empty"
+        text = _plain(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else f"`{text}`" if text else "empty"
         yield f"| `FINETUNE_{name.upper()}` | {_name_type(field.annotation)} | {default} | {_escape(field.description or '')} |"
 
 
 def _plain(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(value) if isinstance(value, tuple | dict) else str(value)
 
 
 def _name_type(annotation: object) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f"`{choice}`" for choice in choices)
+    if get_origin(annotation) is dict:
+        return "JSON"
     words = {"str": "text", "int": "whole number", "float": "number", "Path": "file"}
     return words.get(getattr(annotation, "__name__", ""), "list")
 

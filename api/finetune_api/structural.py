@@ -37,7 +37,7 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
             continue
         if key == "properties":
             result[key] = {name: _convert(child, definitions=definitions, path=(*path, name)) for name, child in value.items()}
-        elif key == "additionalProperties":
+        elif key == "additionalProperties" and isinstance(value, dict) and value:
             result[key] = _convert(value, definitions=definitions, path=(*path, "{}"))
         elif key == "items":
             result[key] = _convert(value, definitions=definitions, path=(*path, "[]"))
@@ -57,7 +57,12 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
 
 def _strip_default(default: JsonSchema, properties: JsonSchema) -> JsonSchema:
     """Return what an object's default adds to its properties' own: the API server fills those in, and refuses nulls."""
-    return {name: value for name, value in default.items() if value is not None and value != properties[name].get("default")}
+    stripped = {
+        name: _strip_default(value, properties[name]["properties"]) if "properties" in properties[name] else value
+        for name, value in default.items()
+        if value is not None
+    }
+    return {name: value for name, value in stripped.items() if value != properties[name].get("default")}
 
 
 def _resolve(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]) -> JsonSchema:

@@ -31,7 +31,7 @@ def complete(context: Context, *, gang: Gang, report: TrainerReport, ended_at: d
     """End a run whose model is published."""
     assert report.output is not None
     finished_at = gang.finished_at or ended_at or context.now
-    status, _ = end_running(context.status, gang, now=finished_at)
+    status, _ = end_running(context.status, gang, now=finished_at, is_complete=True)
     metrics = report.result.metrics if report.result else ()
     trainer_status = TrainerStatus(
         progress_percentage=100,
@@ -45,7 +45,6 @@ def complete(context: Context, *, gang: Gang, report: TrainerReport, ended_at: d
         "output": report.output,
         "result": report.result,
         "failure": None,
-        "lost_seconds": context.status.lost_seconds,
         "completion_time": finished_at,
     }
     state = State(phase=Phase.COMPLETE, message=f"the model is in {report.output.uri}")

@@ -7,7 +7,10 @@ from enum import StrEnum
 
 from finetune_api import names
 from finetune_api.contract import TrainerReport
+from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+
+from finetune_operator.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,17 @@ class JobView:
         return self.namespace, self.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileView:
+    """A FineTuneProfile: its parsed spec, or the reason why it cannot be parsed."""
+
+    name: str
+    generation: int
+    is_default: bool
+    spec: FineTuneProfileSpec | None
+    spec_error: str | None = None
+
+
 class ChildState(StrEnum):
     """How far a child Job is."""
 
@@ -70,6 +84,7 @@ class ChildView:
     finished_at: datetime | None
     nodes: int = 1
     """Number of pods, which are all needed at once."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
     suspended: bool = False
     """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
     suspended_at: datetime | None = None
@@ -102,6 +117,8 @@ class PodView:
     deleted_at: datetime | None = None
     """When somebody asked for its deletion."""
     image: str
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the pod's node must have."""
     scheduled: bool
     unscheduled_reason: str | None
     unscheduled_message: str | None
@@ -158,3 +175,5 @@ class Observed:
     """Pods that are gone, as they were seen last: how an attempt ended may be known from them alone."""
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
+    profiles: tuple[ProfileView, ...] = ()
+    """All FineTuneProfiles of the cluster."""

@@ -8,27 +8,23 @@ builds on it.
 from dataclasses import replace
 from datetime import datetime
 
-from finetune_api import names
 from finetune_api.conditions import find_condition
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import Condition, Failure
 
-from finetune_operator.admission import account_for_eviction, explain_queueing, wait_for_admission
+from finetune_operator.admission import account_for_eviction, wait_for_admission
+from finetune_operator.beginning import start_attempt
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
-from finetune_operator.manifests.job import build_job
-from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
-from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.gang import Gang, find_root
-from finetune_operator.policies.pending import explain_creation
 from finetune_operator.policies.progress import describe_metric, find_last_word, find_report, merge_trainer_status
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.policies.retry import compute_retry_time
-from finetune_operator.policies.usage import begin_running, end_running
+from finetune_operator.policies.usage import begin_attempt, begin_running, end_running
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, build_context, without_estimate
@@ -87,7 +83,8 @@ def _attend(context: Context) -> Step:
         # The operator was killed before it wrote that the attempt before this one is over.
         gang = context.find_gang(context.status.attempt)
         context = replace(context, status=end_running(context.status, gang, now=current.created_at)[0])
-    context = context.update(attempt=current.attempt, pod_shape=current.pod_shape)
+    status = begin_attempt(context.status, attempt=current.attempt, pod_shape=current.pod_shape, snapshot=current.snapshot)
+    context = replace(context, status=status)
     if current.deleting:
         return _wait_for_deletion(context, current)
     if current.state is ChildState.ACTIVE:
@@ -199,7 +196,7 @@ def _go_on(context: Context) -> Step:
     failure = context.status.failure
     if failure and failure.attempt == context.status.attempt:
         return _retry(context, failure)
-    return _start_attempt(context)
+    return start_attempt(context)
 
 
 def _retry(context: Context, failure: Failure) -> Step:
@@ -208,30 +205,8 @@ def _retry(context: Context, failure: Failure) -> Step:
     due = compute_retry_time(context.status, base_seconds=settings.retry_base_seconds, limit_seconds=settings.retry_limit_seconds)
     seconds = (due - context.now).total_seconds() if due else 0.0
     if seconds <= 0:
-        return _start_attempt(context)
+        return start_attempt(context)
     return Step(state=explain_retry(context.status, failure), status=context.status, requeue_after=seconds)
-
-
-def _start_attempt(context: Context) -> Step:
-    attempt = context.status.attempt + 1
-    previous = names.child_name(context.job.name, context.run, context.status.attempt)
-    kept = {child.name for child in context.attempts}
-    pods = shape_pods(context.spec)
-    manifest = build_job(
-        context.job,
-        context.spec,
-        attempt=attempt,
-        shape=pods,
-        micro_batch_divisor=context.status.micro_batch_divisor,
-        settings=context.settings,
-    )
-    shape = compute_pod_shape(context.spec)
-    return Step(
-        state=explain_queueing(context.job.queue, attempt=attempt) if context.job.queue else explain_creation(),
-        status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
-        absent=(previous,) if context.status.attempt and previous not in kept else (),
-        apply=(build_service(context.job), manifest) if pods.nodes > 1 else (manifest,),
-    )
 
 
 def _stay_failed(context: Context) -> Step:
@@ -256,7 +231,9 @@ def _revive(context: Context) -> Step:
         return _attend(revived)
     if context.busy_pods or any(child.state is ChildState.ACTIVE for child in context.attempts):
         return _stay(context, Phase.FAILED)
-    return _start_attempt(revived)
+    step = start_attempt(revived)
+    # Without an attempt of its own, the revived run must not take the last one for one that has just failed.
+    return step if step.apply else replace(step, status=step.status.model_copy(update={"failure": context.status.failure}))
 
 
 def _stay(context: Context, phase: Phase) -> Step:

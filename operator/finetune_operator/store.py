@@ -8,7 +8,8 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal, PodView, ProfileView, ReceivedReport
+from finetune_operator.policies.profile import find_default
 from finetune_operator.views import (
     JobContent,
     Key,
@@ -19,6 +20,7 @@ from finetune_operator.views import (
     project_child,
     project_job,
     project_pod,
+    project_profile,
 )
 
 V = TypeVar("V")
@@ -94,35 +96,36 @@ class FormerPods:
 
 
 class Store:
-    """All that was seen of FineTuneJobs, their Jobs, their pods and the reports of those."""
+    """All that was seen of FineTuneJobs, their Jobs, their pods, the reports of those, and FineTuneProfiles."""
 
     def __init__(self) -> None:
         self.jobs: Table[JobContent] = Table()
         self.children: Table[ChildView] = Table()
         self.pods: Table[PodView] = Table()
-        self._tables: dict[Kind, Table[Any]] = {Kind.FINETUNEJOB: self.jobs, Kind.JOB: self.children, Kind.POD: self.pods}
+        self.profiles: Table[ProfileView] = Table()
+        self._tables: dict[Kind, Table[Any]] = {
+            Kind.FINETUNEJOB: self.jobs,
+            Kind.JOB: self.children,
+            Kind.POD: self.pods,
+            Kind.FINETUNEPROFILE: self.profiles,
+        }
         self._former_pods = FormerPods()
         self._reports: dict[Key, ReceivedReport] = {}
         self._refusals: dict[Key, PodRefusal] = {}
         self._states: Counter[str] = Counter()
         self._tombstones: OrderedDict[str, int] = OrderedDict()
 
-    def observe(self, kind: Kind, raw: RawObject, *, is_deleted: bool = False) -> Key | None:
-        """Take in an object as the API server showed it; return the key of its FineTuneJob, if it belongs to one."""
+    def observe(self, kind: Kind, raw: RawObject, *, is_deleted: bool = False) -> tuple[Key, ...]:
+        """Take in an object as the API server showed it; return the keys of the FineTuneJobs that it concerns."""
         record = _PROJECTIONS[kind](raw)
         if record is None:
-            return None
-        previous = self._tables[kind].find(record.key)
-        if is_deleted:
-            if kind is Kind.POD:
-                self._former_pods.put(record)
-            self._remove(kind, record.uid, key=record.key, version=record.version)
-        elif not self._is_outdated(record, previous=previous):
-            if kind is Kind.JOB and previous is not None and previous.content.suspended and not record.content.suspended:
-                # The attempt is admitted: what its pods before an eviction were says nothing about those that come.
-                self._former_pods.drop(record.owner)
-            self._put(kind, record)
-        return record.owner
+            return ()
+        if kind is not Kind.FINETUNEPROFILE:
+            self._take_in(kind, record, is_deleted=is_deleted)
+            return (record.owner,)
+        before = self._find_default()
+        is_change = self._take_in(kind, record, is_deleted=is_deleted)
+        return self._list_users(record.name, before=before) if is_change else ()
 
     def read(self, key: Key) -> tuple[JobView, Observed] | None:
         """Return the FineTuneJob and all that belongs to it, or None if it is not there or another manager's."""
@@ -136,6 +139,7 @@ class Store:
             former_pods=self._former_pods.find(key, owner_uid=record.uid),
             report=self._reports.get(key),
             refusal=self._refusals.get(key),
+            profiles=tuple(each.content for each in self.profiles),
         )
         return build_job_view(record), observed
 
@@ -163,18 +167,47 @@ class Store:
         return uid in self._tombstones or (record is not None and record.uid == uid and record.version >= version)
 
     def purge(self, kind: Kind, uids: Iterable[str]) -> list[Key]:
-        """Remove objects whose deletion was missed; return the keys of their FineTuneJobs."""
+        """Remove objects whose deletion was missed; return the keys of the FineTuneJobs that this concerns."""
         gone = frozenset(uids)
         records = [record for record in self._tables[kind] if record.uid in gone]
+        default = self._find_default()
         for record in records:
             if kind is Kind.POD:
                 self._former_pods.put(record)
             self._remove(kind, record.uid, key=record.key, version=record.version + 1)
+        if kind is Kind.FINETUNEPROFILE:
+            return [key for record in records for key in self._list_users(record.name, before=default)]
         return [record.owner for record in records]
 
     def count_states(self) -> dict[str, int]:
         """Return the number of FineTuneJobs by the reason of their Ready condition."""
         return dict(self._states)
+
+    def _find_default(self) -> str | None:
+        profile = find_default(record.content for record in self.profiles)
+        return profile.name if profile else None
+
+    def _list_users(self, profile: str, *, before: str | None) -> tuple[Key, ...]:
+        """Return the FineTuneJobs with this profile, those included for which it is, or was before, the default."""
+        after = self._find_default()
+        users = {profile, None} if before != after or profile == after else {profile}
+        return tuple(record.key for record in self.jobs if record.content.profile in users)
+
+    def _take_in(self, kind: Kind, record: Record[Any], *, is_deleted: bool) -> bool:
+        """Put or remove a record; return whether it tells anything new."""
+        previous = self._tables[kind].find(record.key)
+        if is_deleted:
+            if kind is Kind.POD:
+                self._former_pods.put(record)
+            self._remove(kind, record.uid, key=record.key, version=record.version)
+            return previous is not None
+        if self._is_outdated(record, previous=previous):
+            return False
+        if kind is Kind.JOB and previous is not None and previous.content.suspended and not record.content.suspended:
+            # The attempt is admitted: what its pods before an eviction were says nothing about those that come.
+            self._former_pods.drop(record.owner)
+        self._put(kind, record)
+        return True
 
     def _put(self, kind: Kind, record: Record[Any]) -> None:
         if kind is Kind.FINETUNEJOB:
@@ -212,4 +245,5 @@ _PROJECTIONS: Mapping[Kind, Callable[[RawObject], Record[Any] | None]] = {
     Kind.FINETUNEJOB: project_job,
     Kind.JOB: project_child,
     Kind.POD: project_pod,
+    Kind.FINETUNEPROFILE: project_profile,
 }

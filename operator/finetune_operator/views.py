@@ -9,17 +9,20 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from finetune_api import names
+from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus, ManagedBy
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from finetune_operator.observed import ChildState, ChildView, JobView, PodView
+from finetune_operator.observed import ChildState, ChildView, JobView, PodView, ProfileView
+from finetune_operator.snapshot import parse_snapshot
 
 Key = tuple[str, str]
-"""Namespace and name."""
+"""Namespace and name; the namespace of a cluster-scoped object is empty."""
 RawObject = Mapping[str, Any]
 """An object as the API server sends it."""
 
 Content = TypeVar("Content")
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 class Kind(StrEnum):
@@ -28,6 +31,16 @@ class Kind(StrEnum):
     FINETUNEJOB = names.PLURAL
     JOB = "jobs"
     POD = "pods"
+    FINETUNEPROFILE = names.PROFILE_PLURAL
+
+    @property
+    def is_ours(self) -> bool:
+        """Return whether it is one of our custom resources, all of whose objects count, whatever their labels."""
+        return self in (Kind.FINETUNEJOB, Kind.FINETUNEPROFILE)
+
+    def list_scopes(self, namespaces: tuple[str, ...]) -> tuple[str | None, ...]:
+        """Return the namespaces to look into when only these are watched; None is the whole cluster."""
+        return (None,) if self is Kind.FINETUNEPROFILE else namespaces or (None,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +74,8 @@ class JobContent:
     """Reason of the Ready condition."""
     spec: bytes
     status: bytes
+    profile: str | None
+    """Name of the profile that the spec names."""
     queue_labels: Mapping[str, str]
     topology: Mapping[str, str]
     is_ours: bool
@@ -97,9 +112,24 @@ def project_job(raw: RawObject) -> Record[JobContent]:
         state=ready.get("reason", ""),
         spec=_dump(spec),
         status=_dump(status),
+        profile=(spec.get("profileRef") or {}).get("name"),
         queue_labels={label: labels[label] for label in (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY) if labels.get(label)},
         topology={name: value for name, value in annotations.items() if name.startswith(names.ANNOTATION_PREFIX_TOPOLOGY)},
         is_ours=spec.get("managedBy", ManagedBy.OPERATOR) == ManagedBy.OPERATOR,
+    )
+    return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
+
+
+def project_profile(raw: RawObject) -> Record[ProfileView]:
+    """Return the record of a FineTuneProfile; one that cannot be parsed is still the default if it says so."""
+    metadata, fields = raw["metadata"], raw.get("spec") or {}
+    spec, error = _parse_spec(FineTuneProfileSpec, _dump(fields))
+    content = ProfileView(
+        name=metadata["name"],
+        generation=metadata.get("generation", 0),
+        is_default=fields.get("isDefault") is True,
+        spec=spec,
+        spec_error=error,
     )
     return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
 
@@ -137,6 +167,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         suspended_at=_parse_time(stopped.get("lastTransitionTime")) if stopped.get("status") == "True" else None,
         queue=labels.get(names.LABEL_QUEUE) or None,
         queue_request=(metadata.get("annotations") or {}).get(names.ANNOTATION_QUEUE, ""),
+        snapshot=parse_snapshot(metadata.get("annotations") or {}),
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -168,6 +199,7 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         deletion_due=_parse_time(metadata.get("deletionTimestamp")),
         deleted_at=_find_deletion(metadata),
         image=_find_container(spec.get("containers")).get("image", ""),
+        node_selector=spec.get("nodeSelector") or {},
         scheduled=placement.get("status") == "True",
         unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
         unscheduled_message=placement.get("message") if is_unscheduled else None,
@@ -189,7 +221,7 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
 
 def build_job_view(record: Record[JobContent]) -> JobView:
     """Return the view of a FineTuneJob, with its spec parsed or the reason why it cannot be."""
-    spec, error = _parse_spec(record.content.spec)
+    spec, error = _parse_spec(FineTuneJobSpec, record.content.spec)
     return JobView(
         namespace=record.namespace,
         name=record.name,
@@ -205,9 +237,9 @@ def build_job_view(record: Record[JobContent]) -> JobView:
     )
 
 
-def _parse_spec(spec: bytes) -> tuple[FineTuneJobSpec | None, str | None]:
+def _parse_spec(model: type[Spec], spec: bytes) -> tuple[Spec | None, str | None]:
     try:
-        return FineTuneJobSpec.model_validate_json(spec), None
+        return model.model_validate_json(spec), None
     except ValidationError as error:
         return None, "; ".join(_describe(each["loc"], each["msg"]) for each in error.errors(include_url=False))
 
@@ -225,7 +257,7 @@ def _parse_status(status: bytes) -> FineTuneJobStatus:
 
 
 def _build_record(metadata: RawObject, *, owner: str, owner_uid: str, content: Content) -> Record[Content]:
-    namespace = metadata["namespace"]
+    namespace = metadata.get("namespace", "")
     return Record(
         namespace=namespace,
         name=metadata["name"],

@@ -32,10 +32,14 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
     ("", "services"): ["create", "patch"],
+    ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }
-_CLUSTER_RULES = {("authentication.k8s.io", "tokenreviews"): ["create"]}
+_CLUSTER_RULES = {
+    ("authentication.k8s.io", "tokenreviews"): ["create"],
+    ("finetune.dev", "finetuneprofiles"): ["list", "watch"],
+}
 
 
 @pytest.mark.parametrize("mode", _MODES)
@@ -161,9 +165,20 @@ def test_the_environment_is_valid_settings(render: Render, mode: str) -> None:
 
 def test_the_defaults_are_those_of_the_settings(render: Render) -> None:
     settings = load_settings(_environment(render({})))
-    defaults = {name: field.default for name, field in Settings.model_fields.items() if not field.is_required()}
+    fields = {name: field for name, field in Settings.model_fields.items() if name != "accelerators"}
+    defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
 
     assert defaults == settings.model_dump(include=set(defaults))
+
+
+def test_accelerator_classes_of_the_values_reach_the_operator(render: Render) -> None:
+    npu = {"resource": "corp.test/npu", "device": "cpu", "backend": "gloo"}
+    changes = {"npu": npu, "amd": None, "neuron": {"processesPerAccelerator": 4}}
+    default, changed = (load_settings(_environment(render(values))) for values in ({}, {"accelerators": changes}))
+
+    assert set(default.accelerators) - {"amd"} | {"npu"} == set(changed.accelerators)
+    assert (2, 4) == tuple(each.accelerators["neuron"].processes_per_accelerator for each in (default, changed))
+    assert "{product}" == changed.accelerators["nvidia"].node_selector["nvidia.com/gpu.product"]
 
 
 def test_every_setting_but_addresses_is_set_by_the_chart(render: Render) -> None:

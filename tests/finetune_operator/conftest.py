@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerators import RAW_CLASSES
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -58,6 +59,14 @@ class Objects:
             },
             "spec": SPEC if spec is None else spec,
             **({"status": status} if status else {}),
+        }
+
+    def profile(self, name: str = "team", *, version: int = 1, **spec: Any) -> dict[str, Any]:
+        return {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneProfile",
+            "metadata": {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version), "generation": version},
+            "spec": spec,
         }
 
     def child(
@@ -149,7 +158,7 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
 
 
 RULES = _read_rules("rules")
-CLUSTER_RULES = _read_rules("tokenRules")
+CLUSTER_RULES = _read_rules("clusterRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
@@ -246,6 +255,15 @@ class Team:
         }
         return dict(self.api.apply(self.path("finetunejobs", name), body))
 
+    def apply_profile(self, **spec: Any) -> None:
+        """Apply the team's profile, which has the name of its namespace: profiles are for the whole cluster."""
+        body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneProfile", "metadata": {"name": self.namespace}}
+        self.api.apply(self.profile_path, body | {"spec": spec})
+
+    @property
+    def profile_path(self) -> str:
+        return f"/apis/finetune.dev/v1alpha1/finetuneprofiles/{self.namespace}"
+
     def job(self, name: str = "emoji") -> dict[str, Any]:
         return dict(self.api.get(self.path("finetunejobs", name)))
 
@@ -336,6 +354,8 @@ def team(api: Any) -> Iterator[Team]:
     """A namespace of the test's own."""
     team = Team(api, f"team-{secrets.token_hex(4)}")
     yield team
+    if api.exists(team.profile_path):
+        api.delete(team.profile_path)
     for job in api.get(team.path("finetunejobs"))["items"]:
         api.delete(team.path("finetunejobs", job["metadata"]["name"]))
     api.delete(f"/api/v1/namespaces/{team.namespace}")
@@ -353,6 +373,7 @@ def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Ope
         "KUBECONFIG": str(kubeconfig),
         "FINETUNE_NAMESPACES": team.namespace,
         "FINETUNE_TRAINER_IMAGE": "trainer:test",
+        "FINETUNE_ACCELERATORS": json.dumps(RAW_CLASSES),
         "FINETUNE_BIND_ADDRESS": "127.0.0.1",
         "FINETUNE_REPORT_URL": f"https://localhost:{ports['FINETUNE_REPORT_PORT']}",
         "FINETUNE_REPORT_CA_FILE": str(certificate),
@@ -440,7 +461,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from finetune_api import names
 from finetune_api.conditions import find_condition
 from finetune_operator.manifests.job import build_job
 from finetune_operator.policies.accelerator import shape_pods
@@ -34,7 +35,7 @@ def test_job_for_a_queue_is_the_golden_one(golden: Any) -> None:
 
     golden(
         "job-queue.yaml",
-        yaml.safe_dump(build_job(job, job.spec, attempt=1, shape=shape_pods(job.spec), settings=SETTINGS), sort_keys=False),
+        yaml.safe_dump(build_job(job, job.spec, attempt=1, shape=shape_pods(job.spec, {}), settings=SETTINGS), sort_keys=False),
     )
 
 
@@ -42,7 +43,7 @@ def test_job_without_a_queue_leaves_the_suspension_to_others() -> None:
     world = World().settle()
 
     assert "suspend" not in world.manifests[0]["spec"]
-    assert "annotations" not in world.manifests[0]["metadata"]
+    assert names.ANNOTATION_QUEUE not in world.manifests[0]["metadata"]["annotations"]
 
 
 def test_attempt_is_queued_until_it_is_admitted_and_no_deadline_counts() -> None:

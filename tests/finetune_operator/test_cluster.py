@@ -121,7 +121,7 @@ async def test_child_that_another_manager_has_changed_is_left_as_it_is(team: Any
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec), settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     path = team.path("jobs", manifest["metadata"]["name"])
     async with connect() as cluster:
         first = await cluster.apply_child(manifest)
@@ -158,7 +158,9 @@ async def test_child_that_changed_is_not_deleted(team: Any, connect: Connect, fi
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec), settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         metadata = child["metadata"]
         seen = {"uid": metadata["uid"], "resource_version": metadata["resourceVersion"]}
         seen |= {field: "1" if field == "resource_version" else "00000000-0000-0000-0000-000000000000"}
@@ -180,7 +182,7 @@ async def test_invalid_child_is_refused_with_the_servers_words(team: Any, connec
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec), settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     manifest["spec"]["parallelism"] = -1
     async with connect() as cluster:
         with pytest.raises(RefusedError, match=r"spec\.parallelism") as caught:
@@ -194,15 +196,20 @@ async def test_listing_shows_ours_alone(team: Any, connect: Connect) -> None:
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec), settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         stranger = {"name": "trainer", "image": "i"}
         pod = {"metadata": {"name": "stranger"}, "spec": {"containers": [stranger]}}
         team.api.create(team.path("pods"), pod)
-        listings = {kind: await cluster.list_versions(kind, namespace=team.namespace) for kind in Kind}
+        team.apply_profile()
+        scopes = {kind: kind.list_scopes((team.namespace,))[0] for kind in Kind}
+        listings = {kind: await cluster.list_versions(kind, namespace=scope) for kind, scope in scopes.items()}
 
     assert set(listings[Kind.FINETUNEJOB].objects) == {view.uid}
     assert listings[Kind.JOB].objects[child["metadata"]["uid"]][0] == (team.namespace, child["metadata"]["name"])
     assert "stranger" not in {key[1] for key, _ in listings[Kind.POD].objects.values()}
+    assert ("", team.namespace) in {key for key, _ in listings[Kind.FINETUNEPROFILE].objects.values()}
 
 
 async def test_token_names_its_pod(team: Any, connect: Connect) -> None:

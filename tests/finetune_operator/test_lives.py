@@ -94,6 +94,46 @@ def test_killed_operator_comes_to_the_same_end_as_one_that_lives(seed: int) -> N
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_profiles_that_come_change_and_go_touch_no_attempt_that_runs(seed: int) -> None:
+    chance = random.Random(seed)
+    world = _begin(chance)
+    for _ in range(40):
+        if chance.random() < 0.5:
+            _happen(world, chance)
+            while chance.random() < 0.2:
+                world.kill(world.reconcile(), writes=chance.randrange(3))
+        else:
+            _change_profiles(world, chance)
+        world.settle()
+        _check(world)
+        _check_budgets(world)
+
+
+def _change_profiles(world: World, chance: random.Random) -> None:
+    """Change the profiles, or which of them the job has when it has no attempt, and look that no attempt notices."""
+    before = (list(world.active), dict(world.pods))
+    if chance.random() < 0.3:
+        world.drop_profile(chance.choice("ab"))
+    elif world.active or chance.random() < 0.7:
+        world.put_profile(chance.choice("ab"), **chance.choice(_PROFILES), isDefault=chance.random() < 0.7)
+    else:
+        world.change(profileRef=chance.choice([None, {"name": "a"}, {"name": "b"}]))
+    world.settle()
+    if before[0]:
+        assert before == (world.active, world.pods)
+
+
+def _check_budgets(world: World) -> None:
+    budgets: dict[str, int | None] = {}
+    for config in world.configs:
+        if config.attempt == 1:
+            budgets[config.run] = config.training_seconds
+        assert budgets[config.run] == config.training_seconds, "a run keeps the budget that it began with"
+    if usage := world.status.usage:
+        assert usage.wasted_accelerator_seconds <= usage.accelerator_seconds <= _MOST_ACCELERATORS * world.status.active_seconds
+
+
 def _check(world: World) -> None:
     status = world.status
     busy = [pod for pod in world.pods.values() if not pod.is_ended]
@@ -154,6 +194,16 @@ def _requeue(world: World, chance: random.Random) -> None:
     world.labels = dict(chance.choice(_QUEUES))
 
 
+_PROFILES: tuple[dict[str, Any], ...] = (
+    {},
+    {"image": "other:1", "budget": {"trainingSeconds": 60}, "pricePerAcceleratorHour": "2.49"},
+    {"budget": {"trainingSeconds": 600}, "environment": [{"name": "A", "value": "1"}]},
+    {"accelerator": {"nvidia": {"count": 8}}},
+    {"allowedUriSchemes": ["s3"]},
+    {"limits": {"accelerators": ["quantum"]}},
+)
+# Those of the profile, in up to three pods.
+_MOST_ACCELERATORS = 24
 _Happening = Callable[[World, random.Random], object]
 _TO_ALL: tuple[_Happening, ...] = (
     lambda world, chance: world.change(suspend=chance.random() < 0.5),

@@ -5,39 +5,44 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerators import CASES, CLASSES, Case
 from finetune_api.contract import TrainerConfig
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import JobView
-from finetune_operator.policies.accelerator import shape_pods
+from finetune_operator.policies.accelerator import DeviceRequest, shape_pods
 from finetune_operator.settings import TrainerSettings
 
-_SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
+_SETTINGS = TrainerSettings(
+    image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n", accelerators=CLASSES
+)
 
 
-SPEC = {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
+_JOB = JobView(
+    namespace="team",
+    name="emoji",
+    uid="0b6e",
+    generation=1,
+    resource_version="7",
+    deleting=False,
+    spec=None,
+    spec_error=None,
+    status=FineTuneJobStatus(),
+)
 
 
-def _view(spec: FineTuneJobSpec) -> JobView:
-    return JobView(
-        namespace="team",
-        name="emoji",
-        uid="0b6e",
-        generation=1,
-        resource_version="7",
-        deleting=False,
-        spec=spec,
-        spec_error=None,
-        status=FineTuneJobStatus(),
-    )
+_DEVICES = DeviceRequest(device_class="gpu.nvidia.com", count=2)
 
 
 def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, **fields: Any) -> dict[str, Any]:
-    spec = FineTuneJobSpec.model_validate(SPEC | fields)
-    return build_job(
-        _view(spec), spec, attempt=2, shape=shape_pods(spec), micro_batch_divisor=micro_batch_divisor, settings=settings
+    spec = FineTuneJobSpec.model_validate(
+        {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
+        | fields
     )
+    shape = shape_pods(spec, settings.accelerators)
+    return build_job(_JOB, spec, attempt=2, shape=shape, micro_batch_divisor=micro_batch_divisor, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +78,44 @@ def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fi
 
 
 def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
-    service = build_service(_view(FineTuneJobSpec.model_validate(SPEC)))
+    service = build_service(_JOB)
     template = _build(nodes=4)["spec"]["template"]
 
     golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
     assert service["metadata"]["name"] == template["spec"]["subdomain"]
     assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_job_on_each_accelerator_is_the_golden_one(golden: Callable[[str, str], None], case: Case) -> None:
+    job = _build(accelerator=case.accelerator, **case.spec)
+
+    golden(f"accelerator-{case.name}.yaml", yaml.safe_dump(job, sort_keys=False))
+
+
+def test_claim_template_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
+    golden("claim-template.yaml", yaml.safe_dump(build_claim_template(_JOB, _DEVICES), sort_keys=False))
+
+
+def test_pods_claim_from_the_template_of_their_job() -> None:
+    pod = _build(accelerator={"deviceClass": {"name": "gpu.nvidia.com", "count": 2}})["spec"]["template"]["spec"]
+
+    (claim,) = pod["resourceClaims"]
+    assert build_claim_template(_JOB, _DEVICES)["metadata"]["name"] == claim["resourceClaimTemplateName"]
+    assert [{"name": claim["name"]}] == pod["containers"][0]["resources"]["claims"]
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(DeviceRequest(device_class="gpu.nvidia.com", count=3), id="another count"),
+        pytest.param(DeviceRequest(device_class="gpu.amd.com", count=2), id="another class"),
+    ],
+)
+def test_other_devices_have_a_template_of_their_own(devices: DeviceRequest) -> None:
+    others = build_claim_template(_JOB, devices)
+
+    assert build_claim_template(_JOB, _DEVICES)["metadata"]["name"] != others["metadata"]["name"]
 
 
 def test_configuration_in_the_pod_reads_back() -> None:

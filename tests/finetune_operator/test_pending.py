@@ -20,6 +20,7 @@ _SPEC = FineTuneJobSpec.model_validate(
         "dataset": {"uri": "pvc://datasets/pets"},
         "output": {"uri": "pvc://models/pets"},
         "checkpoint": {"uri": "s3://bucket/a", "secretRef": {"name": "keys"}},
+        "accelerator": {"deviceClass": {"name": "gpu.corp.test"}},
     }
 )
 
@@ -57,8 +58,36 @@ def _unscheduled(message: str) -> dict[str, Any]:
         pytest.param(
             _unscheduled("0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
             "InsufficientResources",
-            ["enough nvidia.com/gpu free"],
+            ["no node has enough nvidia.com/gpu free", "check spec.accelerator or add nodes"],
             id="accelerators",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 1 Insufficient nvidia.com/mig-1g.10gb, 2 Insufficient hugepages-2Mi."),
+            "InsufficientResources",
+            ["enough hugepages-2Mi and nvidia.com/mig-1g.10gb free", "check spec.accelerator"],
+            id="slices and huge pages",
+        ),
+        pytest.param(
+            _unscheduled(
+                "0/3 nodes are available: 1 Insufficient google.com/tpu, 2 node(s) didn't match Pod's node affinity/selector."
+            )
+            | {"node_selector": {"pool": "a", "cloud.google.com/gke-tpu-topology": "4x4"}},
+            "InsufficientResources",
+            ["no node with the labels cloud.google.com/gke-tpu-topology=4x4, pool=a has enough google.com/tpu free"],
+            id="accelerators with labels",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.")
+            | {"node_selector": {"nvidia.com/gpu.product": "Tesla-T4"}},
+            "NoMatchingNode",
+            ["no node has the labels nvidia.com/gpu.product=Tesla-T4; correct spec.accelerator or add such nodes"],
+            id="labels",
+        ),
+        pytest.param(
+            _unscheduled("0/3 nodes are available: 3 cannot allocate all claims."),
+            "InsufficientResources",
+            ["no node has the devices of DeviceClass gpu.corp.test free", "check spec.accelerator"],
+            id="devices",
         ),
         pytest.param(
             _unscheduled("0/3 nodes are available: 3 node(s) had untolerated taint(s)."),

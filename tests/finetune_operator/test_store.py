@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from finetune_api.contract import TrainerReport
 from finetune_operator.observed import Observed, PodRefusal, ReceivedReport
 from finetune_operator.store import Store
-from finetune_operator.views import Kind
+from finetune_operator.views import Key, Kind
 
 _KEY = ("team", "emoji")
 _REPORT = ReceivedReport(
@@ -50,9 +51,9 @@ def test_every_event_names_the_job_to_reconcile(store: Store, objects: Any) -> N
     # Also an old one: the answer to our own write may have carried a change of the user with it.
     store.observe(Kind.FINETUNEJOB, objects.job(version=2))
 
-    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == _KEY
-    assert store.observe(Kind.JOB, objects.child()) == _KEY
-    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == _KEY
+    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == (_KEY,)
+    assert store.observe(Kind.JOB, objects.child()) == (_KEY,)
+    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == (_KEY,)
 
 
 def test_deleted_object_is_gone(store: Store, objects: Any) -> None:
@@ -238,6 +239,74 @@ def test_deleted_pods_of_a_predecessor_are_not_the_successors(store: Store, obje
     _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=2, job_uid="predecessor")
 
     assert () == _read(store).former_pods
+
+
+@pytest.fixture
+def team(store: Store, objects: Any) -> Store:
+    """A store with a job that names profile a, one that names b, and one that names none."""
+    for name in ("a", "b"):
+        store.observe(Kind.FINETUNEJOB, objects.job(name, spec={"profileRef": {"name": name}}))
+    store.observe(Kind.FINETUNEJOB, objects.job("none", spec={}))
+    return store
+
+
+def _users(keys: Iterable[Key]) -> list[str]:
+    return sorted(name for _, name in keys)
+
+
+def test_profile_concerns_the_jobs_that_name_it(team: Store, objects: Any) -> None:
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=1))) == ["a"]
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2, image="x"))) == ["a"]
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("other"))) == []
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=3), is_deleted=True)) == ["a"]
+
+
+def test_profile_that_was_seen_already_concerns_nobody(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2))
+
+    assert team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2)) == ()
+    assert team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=1)) == ()
+
+
+def test_default_profile_concerns_the_jobs_that_name_none(team: Store, objects: Any) -> None:
+    def observe(name: str, version: int, *, is_default: bool = True, is_deleted: bool = False) -> list[str]:
+        raw = objects.profile(name, version=version, isDefault=is_default)
+        return _users(team.observe(Kind.FINETUNEPROFILE, raw, is_deleted=is_deleted))
+
+    assert observe("m", 1) == ["none"]
+    assert observe("m", 2) == ["none"]
+    assert observe("x", 1) == [], "the first by name stays the default"
+    assert observe("a", 1) == ["a", "none"]
+    assert observe("m", 3) == [], "it is the default no more"
+    assert observe("a", 2, is_default=False) == ["a", "none"], "it was the default before"
+    assert observe("m", 4, is_deleted=True) == ["none"]
+    assert observe("x", 2, is_deleted=True) == ["none"]
+
+
+def test_purged_profile_concerns_its_users(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("b", isDefault=True))
+
+    assert _users(team.purge(Kind.FINETUNEPROFILE, ["uid-b"])) == ["b", "none"]
+    assert len(team.profiles) == 0
+
+
+def test_every_job_sees_all_profiles(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=7, image="x:1"))
+    seen = team.read(("team", "none"))
+
+    assert seen is not None
+    (profile,) = seen[1].profiles
+    assert (profile.name, profile.generation, profile.spec.image if profile.spec else None) == ("a", 7, "x:1")
+
+
+def test_unreadable_profile_is_still_the_default(team: Store, objects: Any) -> None:
+    keys = team.observe(Kind.FINETUNEPROFILE, objects.profile("z", isDefault=True, limits={"maxNodes": "all"}))
+    (profile,) = (record.content for record in team.profiles)
+
+    assert _users(keys) == ["none"]
+    assert (profile.is_default, profile.spec) == (True, None)
+    assert profile.spec_error is not None
+    assert "spec.limits.maxNodes" in profile.spec_error
 
 
 def test_pods_before_an_eviction_are_forgotten_with_the_next_admission(store: Store, objects: Any) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from accelerators import CHART_CLASSES, CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -15,13 +16,20 @@ from finetune_api.v1alpha1 import (
     ResultMetric,
     TrainerStatus,
 )
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ProfileView, ReceivedReport
 from finetune_operator.outcome import Outcome
 from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
+from finetune_operator.snapshot import parse_snapshot
+from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+SETTINGS = TrainerSettings(
+    image="trainer:1",
+    report_url="https://operator:10443",
+    report_ca="ca",
+    accelerators={name: CLASSES[name] for name in CHART_CLASSES},
+)
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
@@ -100,6 +108,7 @@ class World:
     former_pods: dict[str, PodView] = field(default_factory=dict)
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
+    profiles: dict[str, ProfileView] = field(default_factory=dict)
     now: datetime = START
     events: list[tuple[str, str]] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
@@ -128,6 +137,7 @@ class World:
             former_pods=tuple(self.former_pods.values()),
             report=self.report,
             refusal=self.refusal,
+            profiles=tuple(self.profiles.values()),
         )
 
     @property
@@ -149,8 +159,13 @@ class World:
     @property
     def config(self) -> TrainerConfig:
         """Return what the newest attempt was told."""
-        container = self.manifests[-1]["spec"]["template"]["spec"]["containers"][0]
-        return TrainerConfig.model_validate_json(container["env"][0]["value"])
+        return self.configs[-1]
+
+    @property
+    def configs(self) -> list[TrainerConfig]:
+        """Return what each attempt was told, in order."""
+        containers = [each["spec"]["template"]["spec"]["containers"][0] for each in self.manifests]
+        return [TrainerConfig.model_validate_json(each["env"][0]["value"]) for each in containers]
 
     @property
     def newest(self) -> ChildView:
@@ -205,6 +220,7 @@ class World:
                 pod_shape=labels["finetune.dev/pod-shape"],
                 created_at=self.now,
                 nodes=manifest["spec"]["completions"],
+                snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
                 suspended=manifest["spec"].get("suspend", False),
                 queue=labels.get("kueue.x-k8s.io/queue-name"),
                 queue_request=manifest["metadata"].get("annotations", {}).get("finetune.dev/queue", ""),
@@ -227,6 +243,22 @@ class World:
     def change(self, **fields: Any) -> "World":
         self.spec = self.spec | fields
         self.generation += 1
+        return self
+
+    def put_profile(self, name: str = "team", **spec: Any) -> "World":
+        """Create or change a profile."""
+        known = self.profiles.get(name)
+        metadata = {
+            "name": name,
+            "uid": f"uid-{name}",
+            "resourceVersion": "1",
+            "generation": known.generation + 1 if known else 1,
+        }
+        self.profiles[name] = project_profile({"metadata": metadata, "spec": spec}).content
+        return self
+
+    def drop_profile(self, name: str = "team") -> "World":
+        self.profiles.pop(name, None)
         return self
 
     def pod(self, index: int = 0, **fields: Any) -> "World":

@@ -15,10 +15,12 @@ from finetune_operator.state import Phase, State
 _PULL = frozenset({"ErrImagePull", "ImagePullBackOff"})
 _ADVICE = {
     "ImagePullBackOff": "check the image's name and that the node can reach and read its registry",
-    "InvalidImageName": "this is no name of an image; correct the operator's trainer image",
+    "InvalidImageName": "this is no name of an image; correct the operator's trainer image, or that of the profile",
     "ErrImageNeverPull": "the pull policy is Never, and the node does not have the image",
     "CreateContainerConfigError": "mend what the message names",
 }
+
+_OF_EVERY_NODE = frozenset({"cpu", "memory", "ephemeral-storage"})
 
 _STARTING = "waiting for the trainer's pod to be created and scheduled"
 
@@ -59,24 +61,43 @@ def _explain_unscheduled(pod: PodView, *, spec: FineTuneJobSpec) -> State:
     if not pod.unscheduled_reason:
         return State(phase=Phase.PENDING, message=_STARTING)
     text = pod.unscheduled_message or pod.unscheduled_reason
-    reason, advice = _find_shortage(pod.unscheduled_reason, text, spec=spec)
+    reason, advice = _find_shortage(pod, text, spec=spec)
     message = f"pod {pod.name} cannot be scheduled: {advice}{text}"
     return State(phase=Phase.PENDING, problem=reason, message=message, scheduled=False)
 
 
-def _find_shortage(reason: str, text: str, *, spec: FineTuneJobSpec) -> tuple[str, str]:
+def _find_shortage(pod: PodView, text: str, *, spec: FineTuneJobSpec) -> tuple[str, str]:
     """Return what the scheduler misses in one word, and what to do; its words are those of its plugins.
 
-    Source: https://github.com/kubernetes/kubernetes/tree/v1.34.4/pkg/scheduler/framework/plugins (noderesources, volumebinding)
+    Source: https://github.com/kubernetes/kubernetes/tree/v1.34.4/pkg/scheduler/framework/plugins (noderesources, volumebinding,
+    nodeaffinity, dynamicresources)
     """
     if missing := re.search('persistentvolumeclaim "([^"]+)" not found', text):
-        return "ClaimNotFound", f"there is no PersistentVolumeClaim {missing[1]}; create it or correct the URI in the spec: "
+        advice = "create it, or correct the URI in the spec or the volume in the profile"
+        return "ClaimNotFound", f"there is no PersistentVolumeClaim {missing[1]}; {advice}: "
     if "unbound immediate PersistentVolumeClaims" in text:
         claims = ", ".join(sorted(_list_claims(spec)))
         return "ClaimNotBound", f"a PersistentVolumeClaim of {claims} has no volume; check its storage class: "
-    if short := sorted(set(re.findall(r"Insufficient ([a-z0-9./-]*[a-z0-9])", text))):
-        return "InsufficientResources", f"no node has enough {' and '.join(short)} free; lower spec.resources or add nodes: "
-    return reason, ""
+    labels = ", ".join(f"{label}={value}" for label, value in sorted(pod.node_selector.items()))
+    node = f"no node with the labels {labels}" if labels else "no node"
+    if short := sorted(set(re.findall(r"Insufficient ([A-Za-z0-9./-]*[A-Za-z0-9])", text))):
+        advice = "lower spec.resources" if set(short) <= _OF_EVERY_NODE else "check spec.accelerator"
+        return "InsufficientResources", f"{node} has enough {' and '.join(short)} free; {advice} or add nodes: "
+    if "cannot allocate all claims" in text:
+        return (
+            "InsufficientResources",
+            f"{node} has the devices of {_name_devices(spec)} free; check spec.accelerator or add nodes: ",
+        )
+    if "didn't match Pod's node affinity/selector" in text:
+        return "NoMatchingNode", f"no node has the labels {labels}; correct spec.accelerator or add such nodes: "
+    return pod.unscheduled_reason or "", ""
+
+
+def _name_devices(spec: FineTuneJobSpec) -> str:
+    device_class, custom = spec.accelerator.device_class, spec.accelerator.custom
+    if device_class:
+        return f"DeviceClass {device_class.name}"
+    return f"accelerator class {custom.class_name}" if custom else "spec.accelerator"
 
 
 def _list_claims(spec: FineTuneJobSpec) -> set[str]:

@@ -3,6 +3,7 @@
 # Parts of the API server's messages, the telling ones first. Sources, in the folder staging/src/k8s.io of Kubernetes:
 # apiserver/pkg/admission/plugin/{resourcequota,webhook,policy}, apiserver/pkg/admission/errors.go, pod-security-admission
 _CAUSES = (
+    ("does not serve ResourceClaimTemplate", "DeviceClaimsUnsupported", "accelerator.deviceClass needs Kubernetes 1.34 or later"),
     ("exceeded quota", "QuotaExceeded", "free some of the quota or have it raised; the operator tries again by itself"),
     ("failed quota", "QuotaExceeded", "the quota limits a resource that the pod does not ask for; ask its owner"),
     ("violates PodSecurity", "PodSecurityViolation", "ask for a namespace whose Pod Security level allows `restricted` pods"),
