@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from finetune_operator.observed import ChildView
 from finetune_operator.outcome import EventNote, EventType
-from finetune_operator.policies.eviction import EVICTED, find_evicted
+from finetune_operator.policies.eviction import EVICTED, find_eviction
 from finetune_operator.policies.retry import record_restart
 from finetune_operator.policies.usage import end_running
 from finetune_operator.state import Phase, State
@@ -34,17 +34,17 @@ def account_for_eviction(context: Context, current: ChildView) -> tuple[Context,
 
     The attempt stays the same: with its next admission, its trainers go on from the checkpoint.
     """
-    evicted = find_evicted(current, context.status, context.find_gang(current.attempt), is_stopped=not context.busy_pods)
-    if evicted is None:
+    gang = context.find_gang(current.attempt)
+    eviction = find_eviction(current, context.status, gang, is_stopped=not context.busy_pods, now=context.now)
+    if eviction is None:
         return context, ()
-    ended_at = evicted.finished_at or context.now
-    status, lost_seconds = end_running(context.status, evicted, now=ended_at)
+    status, lost_seconds = end_running(context.status, eviction.gang, now=eviction.ended_at)
     status = record_restart(
         without_estimate(status),
         attempt=current.attempt,
         reason=EVICTED,
         is_counted=False,
-        ended_at=ended_at,
+        ended_at=eviction.ended_at,
         lost_seconds=lost_seconds,
     )
     message = f"{_name_queue(current.queue)} has evicted attempt {current.attempt}, which goes on when it is admitted again"

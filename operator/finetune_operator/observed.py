@@ -87,6 +87,8 @@ class ChildView:
     snapshot: Snapshot = field(default_factory=Snapshot)
     suspended: bool = False
     """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
+    suspended_at: datetime | None = None
+    """Since when the Job controller has it stopped, if it does."""
     queue: str | None = None
     """The queue that it is in, which may be one that the cluster's administrator chose."""
     queue_request: str = ""

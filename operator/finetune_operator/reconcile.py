@@ -106,6 +106,9 @@ def _hold(context: Context, current: ChildView) -> Step:
     """Decide on an attempt that its queue has not admitted, or has evicted."""
     if stopping := _stop(context, current):
         return stopping
+    if any(pod.exit_code == 0 for pod in context.find_gang(current.attempt).pods) and not context.busy_pods:
+        # The Job controller would run the others without it, and they need all.
+        return wait_for_removal(context, (current,), message="the Job is being replaced, as a part of its pods has completed")
     if context.job.queue_request != current.queue_request and not context.busy_pods:
         return wait_for_removal(context, (current,), message="the Job is being replaced, as the queue or the priority changed")
     overdue, seconds = find_overdue(context)

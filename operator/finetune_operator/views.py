@@ -147,6 +147,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         return None
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
     state, condition = _find_end(status)
+    stopped = _find_condition(status, "Suspended")
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
     content = ChildView(
         name=metadata["name"],
@@ -163,6 +164,7 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
         nodes=spec.get("completions") or 1,
         suspended=bool(spec.get("suspend")),
+        suspended_at=_parse_time(stopped.get("lastTransitionTime")) if stopped.get("status") == "True" else None,
         queue=labels.get(names.LABEL_QUEUE) or None,
         queue_request=(metadata.get("annotations") or {}).get(names.ANNOTATION_QUEUE, ""),
         snapshot=parse_snapshot(metadata.get("annotations") or {}),

@@ -100,6 +100,32 @@ def test_eviction_counts_once_however_often_it_is_looked_at() -> None:
     assert 1 == world.status.restarts
 
 
+def test_operator_that_was_down_learns_from_the_job_when_it_was_evicted() -> None:
+    world = _running().wait(20).evict()
+    world.children[world.newest.name] = replace(world.newest, suspended_at=world.now)
+    world.former_pods = {}
+    world.wait(4000).settle()
+
+    assert (20, 20) == (world.status.active_seconds, world.status.restart_history[0].lost_seconds)
+
+
+def test_time_between_a_missed_eviction_and_the_next_admission_is_not_counted() -> None:
+    world = _running().wait(20).evict()
+    world.pods, world.former_pods = {}, {}
+    world.wait(10).admit().pod(created_at=world.now).wait(4000)
+    world.pod(phase="Running", started_at=world.now).settle()
+
+    assert 30 == world.status.active_seconds
+
+
+def test_attempt_of_which_a_part_has_completed_is_replaced_when_it_is_evicted() -> None:
+    world = _running(nodes=2).wait(9).end(0, index=1).evict().settle()
+    assert world.newest.deleting
+    world.collect()
+
+    assert ("Queued", 2, [(1, "QueueEvicted", False)]) == (world.state, world.status.attempt, _restarts(world))
+
+
 def test_eviction_before_the_start_is_no_restart() -> None:
     world = _queued().admit().settle().pod().settle().evict().settle()
 

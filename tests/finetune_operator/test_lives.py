@@ -186,6 +186,8 @@ def _evict(world: World, chance: random.Random) -> None:
     elif world.newest.queue:
         _run(world).wait(chance.choice([0, 7]))
         if world.active and not world.newest.deleting:
+            if world.newest.nodes > 1 and chance.random() < 0.2:
+                world.end(0, index=1)
             world.suspend_child().settle().wait(chance.choice([0, 3])).evict()
 
 

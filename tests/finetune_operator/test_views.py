@@ -272,4 +272,12 @@ def test_child_knows_whether_its_queue_holds_it(objects: Any) -> None:
     held, plain = _project_child(raw | {"spec": {"suspend": True}}), _project_child(objects.child())
 
     assert (True, "a", "a/high") == (held.suspended, held.queue, held.queue_request)
+    assert held.suspended_at is None
     assert (False, None, "") == (plain.suspended, plain.queue, plain.queue_request)
+
+
+@pytest.mark.parametrize(("status", "expected"), [("True", datetime(2026, 1, 1, tzinfo=UTC)), ("False", None)])
+def test_child_knows_since_when_it_is_stopped(objects: Any, status: str, expected: datetime | None) -> None:
+    condition = {"type": "Suspended", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+
+    assert expected == _project_child(objects.child(status={"conditions": [condition]})).suspended_at
