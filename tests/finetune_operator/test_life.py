@@ -308,7 +308,8 @@ def test_rights_suffice_and_all_are_used(
     team: Any, operator: Any, tls: tuple[Path, Path], requests: Any, until: Any, rules: Any
 ) -> None:
     operator.start()
-    team.apply(runPolicy={"backoffLimit": 1})
+    accelerator = {"deviceClass": {"name": "gpu.nvidia.com"}}
+    team.apply(runPolicy={"backoffLimit": 1}, accelerator=accelerator)
     pod = team.wait_for_pod()
     team.run_pod(pod)
     team.wait("Running")
@@ -319,7 +320,7 @@ def test_rights_suffice_and_all_are_used(
     # Somebody deletes the attempt, so the next one asks whether it is really gone; the suspension deletes that one.
     team.api.delete(team.path("jobs", f"emoji-{team.status()['run']}-1"))
     until(lambda: team.status()["attempt"] == 2, what="the next attempt")
-    team.apply(suspend=True)
+    team.apply(suspend=True, accelerator=accelerator)
     team.wait("Suspended")
     operator.stop()
     user = f"system:serviceaccount:{team.namespace}:operator"
@@ -331,8 +332,15 @@ def test_rights_suffice_and_all_are_used(
     assert used <= granted
     # An apply that creates is checked for both verbs and logged as a patch; finalizers are for clusters that check
     # ownerReferences; a repeated event is patched; events are listed for a Job without a pod (see the test of Pod Security).
-    created = {"jobs create", "services create"}
-    assert granted - used <= created | {"finetunejobs/finalizers update", "events patch", "events list", "finetunejobs get"}
+    assert granted - used <= {
+        "jobs create",
+        "services create",
+        "resourceclaimtemplates create",
+        "finetunejobs/finalizers update",
+        "events patch",
+        "events list",
+        "finetunejobs get",
+    }
 
 
 def test_replaced_token_is_taken_up(team: Any, operator: Any) -> None:
