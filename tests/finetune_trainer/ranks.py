@@ -1,4 +1,4 @@
-"""Processes of one job for tests: real ones, forked from a server that has torch loaded, so that each takes no seconds to start."""
+"""Processes of one job for tests: real ones, forked from a server that has torch loaded, which saves seconds."""
 
 import copy
 import json
@@ -104,7 +104,7 @@ def _call(
     torch.set_num_threads(1)
     try:
         torch.save(function(join(seat, World(processes_per_node=size)), *arguments, **options), folder / f"{seat.rank}.pt")
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the edge of the process
         traceback.print_exc()
         os._exit(1)
     os._exit(0)

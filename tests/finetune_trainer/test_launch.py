@@ -98,7 +98,7 @@ def test_invalid_data_is_exit_code_65_with_its_reason(make_config: Any, tmp_path
 @pytest.mark.slow
 def test_two_pods_stop_together_and_go_on(make_pictures: Any, make_config: Any, tmp_path: Path) -> None:
     world = World(nodes=2, rendezvous_host="localhost", rendezvous_port=find_port())
-    hyperparameters = {"imageSize": 32, "maxSteps": 400, "batchSize": 12}
+    hyperparameters = {"imageSize": 32, "maxSteps": 40, "batchSize": 12}
     config = make_config(make_pictures(), **SPEC | {"hyperparameters": hyperparameters}).model_copy(update={"world": world})
 
     # The pod with index 1 is there first, and waits for the one where all meet.
@@ -110,7 +110,12 @@ def test_two_pods_stop_together_and_go_on(make_pictures: Any, make_config: Any, 
     assert [code for code, _, _ in stopped] == [ExitCode.PREEMPTED] * 2, stopped
     assert [report.failure and report.failure.reason for _, report, _ in stopped] == ["Preempted"] * 2
     assert stopped[0][1].checkpoint
-    assert list(Path(config.checkpoint_path).glob("*-steps"))
+    again = config.model_copy(update={"attempt": 2})
+    with start(again, tmp_path, index=0) as first, start(again, tmp_path, index=1) as second:
+        ended = [finish(process, tmp_path, index=index) for index, process in enumerate((first, second))]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert len({report.output and report.output.digest for _, report, _ in ended}) == 1
+    assert json.loads((tmp_path / "output/metrics.json").read_text())["training"]["finetuning"]["steps"] == 40
 
 
 def test_pod_whose_peers_never_come_can_be_stopped(make_config: Any, tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_killed_process_stands_for_its_pod(make_pictures: Any, make_config: Any,
         pytest.param([0, 76], False, (1, 76), id="one had ended before a peer was lost"),
     ],
 )
-def test_ending_of_the_pod(codes: list[int], was_told_to_stop: bool, expected: tuple[int, int]) -> None:
+def test_ending_of_the_pod(codes: list[int], was_told_to_stop: Any, expected: tuple[int, int]) -> None:
     # The later of two processes ended first.
     endings = [Ending(rank, code, time=10.0 - rank) for rank, code in enumerate(codes)]
 
