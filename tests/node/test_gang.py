@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,16 @@ _SPEC: dict[str, Any] = {
     "resources": {"cpu": "800m", "memory": "2Gi"},
 }
 _LOSSES = ("val_nll", "test_nll")
+_TPU_LABELS = {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "2x2"}
+# Jobs with their resources, and the processes that each of their pods has to start.
+_STARTED: tuple[tuple[str, dict[str, Any], str, int], ...] = (
+    ("on-gpus", {"nvidia": {"count": 2}}, "nvidia.com/gpu", 2),
+    ("on-slices", {"nvidia": {"mig": {"profile": "1g.10gb", "count": 3}}}, "nvidia.com/mig-1g.10gb", 3),
+    ("on-amd-gpus", {"amd": {"count": 2}}, "amd.com/gpu", 2),
+    ("on-neuron-devices", {"neuron": {"devices": 1}}, "aws.amazon.com/neuron", 2),
+    ("on-neuron-cores", {"neuron": {"cores": 2}}, "aws.amazon.com/neuroncore", 2),
+    ("on-tpus", {"tpu": {"type": "tpu-v6e-slice", "topology": "2x2"}}, "google.com/tpu", 4),
+)
 
 
 @pytest.fixture(scope="session")
@@ -44,16 +55,29 @@ def paired(team: Any) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def fake_accelerators(node: None) -> Iterator[None]:
-    """The node with accelerators of a class that the administrator has added, and that compute on the CPU."""
+    """The node with accelerators that are not there, and those of a class that the administrator has added, on the CPU."""
     name = cluster_client.get("nodes")["items"][0]["metadata"]["name"]
-    _patch_capacity(name, {"op": "add", "path": _capacity_path(_RESOURCE), "value": "8"})
+    resources = (_RESOURCE, *(resource for _, _, resource, _ in _STARTED))
+    for resource in resources:
+        _patch_capacity(name, {"op": "add", "path": _capacity_path(resource), "value": "8"})
+    cluster_client.kubectl("label", "node", name, *(f"{label}={value}" for label, value in _TPU_LABELS.items()))
     values = {"resource": _RESOURCE, "device": "cpu", "backend": "gloo"}
-    cluster_client.install_operator(
-        "retries.baseSeconds=2", *(f"accelerators.{_CLASS}.{key}={value}" for key, value in values.items())
-    )
+    classes = (f"accelerators.{_CLASS}.{key}={value}" for key, value in values.items())
+    cluster_client.install_operator("retries.baseSeconds=2", *classes)
     yield
     cluster_client.install_operator("retries.baseSeconds=2")
-    _patch_capacity(name, {"op": "remove", "path": _capacity_path(_RESOURCE)})
+    cluster_client.kubectl("label", "node", name, *(f"{label}-" for label in _TPU_LABELS))
+    for resource in resources:
+        _patch_capacity(name, {"op": "remove", "path": _capacity_path(resource)})
+
+
+@pytest.fixture(scope="module")
+def started(team: Any, fake_accelerators: None) -> Any:
+    """Jobs on accelerators that are not there, applied together."""
+    small = {"resources": {"cpu": "200m", "memory": "2Gi"}, "method": {"type": "probe"}, "hyperparameters": {"imageSize": 64}}
+    for name, accelerator, _, _ in _STARTED:
+        team.apply(name, **small, accelerator=accelerator)
+    return team
 
 
 def read_losses(team: Any, name: str) -> dict[str, float]:
@@ -92,6 +116,17 @@ def test_two_processes_of_a_pod_train_the_same_model_as_one(team: Any, alone: di
     assert "Complete" == team.wait("twins", "Complete", "Failed")
 
     assert alone == pytest.approx(read_losses(team, "twins"), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "processes"), [pytest.param(name, count, id=name) for name, _, _, count in _STARTED])
+def test_a_pod_starts_one_process_for_each_accelerator(started: Any, name: str, processes: int) -> None:
+    started.wait(name, "Failed")
+
+    (pod,) = list_pods(started, name)
+    log = started.kubectl("logs", pod["metadata"]["name"])
+    assert f"starting {processes} of {processes} processes in pod 0 of 1" in log
+    assert set(range(processes)) == {int(rank) for rank in re.findall("rank ([0-9]+) ERROR DeviceMissing", log)}
+    assert "DeviceMissing" == started.job(name)["status"]["failure"]["reason"]
 
 
 def test_the_number_of_pods_can_change_in_the_middle(team: Any, alone: dict[str, float], until: Any) -> None:

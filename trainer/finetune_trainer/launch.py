@@ -1,5 +1,6 @@
 """Start the processes of a pod with torchrun's agent, once all pods of the job are there, and say how they ended."""
 
+import logging
 import signal
 import socket
 import sys
@@ -21,6 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from finetune_trainer.ending import Ending, choose_ending, read_ending
 from finetune_trainer.errors import PeerLostError, PreemptedError
+
+logger = logging.getLogger(__name__)
 
 # Pods start when their node has pulled the image and mounted the volumes, which takes minutes on a new node.
 RENDEZVOUS_SECONDS = 900.0
@@ -47,6 +50,9 @@ def launch(config: TrainerConfig, *, node_rank: int) -> Ending:
         _raise_on_sigterm()
         store, host = gather(world, node_rank=node_rank, job=_name(config))
         try:
+            logger.info(
+                "starting %d of %d processes in pod %d of %d", world.processes_per_node, world.size, node_rank, world.nodes
+            )
             command = ("-m", "finetune_trainer", "--ending-folder", name)
             elastic_launch(_configure(config, node_rank, host=host, port=store.port, logs=folder), sys.executable)(*command)
         except ChildFailedError as error:
