@@ -19,12 +19,22 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_RUN = f"{GROUP}/run"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_POD_SHAPE = f"{GROUP}/pod-shape"
+# The number of a pod within its Indexed Job: https://kubernetes.io/docs/reference/labels-annotations-taints/
+LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
 # Labels and annotations of Kueue, which are copied from a FineTuneJob to its child Jobs and their pods:
 # https://kueue.sigs.k8s.io/docs/reference/labels-and-annotations/
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 ANNOTATION_PREFIX_TOPOLOGY = "kueue.x-k8s.io/podset-"
+ANNOTATION_QUEUE = f"{GROUP}/queue"
 ANNOTATION_CA = f"{GROUP}/ca.crt"
+# What an attempt was begun with: the operator reads them back from the child Job, people read them as well.
+ANNOTATION_PROFILE = f"{GROUP}/profile"
+ANNOTATION_PROFILE_GENERATION = f"{GROUP}/profile-generation"
+ANNOTATION_ACCELERATORS = f"{GROUP}/accelerators"
+ANNOTATION_ACCELERATOR_KIND = f"{GROUP}/accelerator-kind"
+ANNOTATION_PRICE = f"{GROUP}/price-per-accelerator-hour"
+ANNOTATION_TRAINING_SECONDS = f"{GROUP}/training-seconds"
 
 FIELD_MANAGER = "finetune-operator"
 STATUS_FIELD_MANAGER = "finetune-operator-status"

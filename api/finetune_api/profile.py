@@ -14,9 +14,15 @@ _ENV_NAME = Pattern(
 _PRICE = Pattern(
     "[0-9]{1,6}([.][0-9]{1,4})?", message="pricePerAcceleratorHour must be a decimal number with at most 4 places, such as 2.49"
 )
+Price = Annotated[
+    str, StringConstraints(max_length=12), AfterValidator(_PRICE.validate), Field(json_schema_extra=_PRICE.build_rule())
+]
+_VOLUME_NAME = Pattern("[a-z0-9]([-a-z0-9]*[a-z0-9])?", message="name must be lower-case letters, digits and '-'")
 _MOUNT_PATH = Pattern("/[A-Za-z0-9._/-]+", message="mountPath must be an absolute path, such as /mnt/shared")
 # Paths and variables that the operator itself fills in.
-_RESERVED_MOUNTS = ("/mnt/dataset", "/mnt/model", "/mnt/output", "/mnt/checkpoint", "/var/run/finetune", "/dev", "/proc", "/sys")
+_RESERVED_MOUNTS = (
+    "/mnt/dataset", "/mnt/model", "/mnt/output", "/mnt/checkpoint", "/var/run/finetune", "/tmp", "/dev", "/proc", "/sys",  # noqa: S108
+)  # fmt: skip
 _RESERVED_VARIABLES = ("FINETUNE_", "KUBEFLOW_", "PET_", "MASTER_", "JOB_COMPLETION_INDEX")
 _MOUNT = (
     "!" + str(list(_RESERVED_MOUNTS)) + ".exists(p, self.mountPath == p || self.mountPath.startsWith(p + '/'))",
@@ -28,23 +34,68 @@ _VARIABLE = (
 )
 _SOURCE = ("has(self.claimName) != has(self.configMapName)", "give either claimName or configMapName")
 
+_MOUNTED_ONCE = (
+    "!has(self.volumes) || self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
+    "two volumes have the same mountPath",
+)
+# As the API server checks the tolerations of a pod, so that no pod is refused for those of its profile.
+_KEYLESS = (
+    "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+    "a toleration without a key tolerates all taints; give it the operator Exists, or a key",
+)
+_VALUELESS = (
+    "!has(self.value) || !has(self.operator) || self.operator == 'Equal'",
+    "a toleration with the operator Exists has no value; remove it, or give the operator Equal",
+)
+_LIMITED = (
+    "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+    "tolerationSeconds needs the effect NoExecute",
+)
+
 LabelText = Annotated[str, StringConstraints(max_length=63)]
 LabelKey = Annotated[str, StringConstraints(max_length=317)]
+
+
+class TolerationOperator(StrEnum):
+    """How a toleration compares with a taint."""
+
+    EXISTS = "Exists"
+    EQUAL = "Equal"
+
+
+class TaintEffect(StrEnum):
+    """What a taint does to pods that do not tolerate it."""
+
+    NO_SCHEDULE = "NoSchedule"
+    PREFER_NO_SCHEDULE = "PreferNoSchedule"
+    NO_EXECUTE = "NoExecute"
 
 
 class Toleration(ApiModel):
     """A taint that the pods tolerate, as in a pod's spec."""
 
+    model_config = ConfigDict(json_schema_extra=rules(_KEYLESS, _VALUELESS, _LIMITED))
+
     key: LabelKey | None = None
     """key is the taint's key. Default: all, with operator Exists."""
-    operator: Annotated[str, Field(pattern="^(Exists|Equal)$", max_length=6)] = "Equal"
+    operator: TolerationOperator = TolerationOperator.EQUAL
     """operator is `Exists` or `Equal`."""
     value: LabelText | None = None
     """value is the taint's value, for operator Equal."""
-    effect: Annotated[str, Field(pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$", max_length=16)] | None = None
+    effect: TaintEffect | None = None
     """effect is the taint's effect. Default: all."""
     toleration_seconds: Annotated[int, Field(ge=0)] | None = None
     """tolerationSeconds is for how long a taint with the effect NoExecute is tolerated. Default: for ever."""
+
+    @model_validator(mode="after")
+    def _be_one_that_a_pod_may_have(self) -> Self:
+        if self.key is None and self.operator is not TolerationOperator.EXISTS:
+            raise ValueError(_KEYLESS[1])
+        if self.value is not None and self.operator is TolerationOperator.EXISTS:
+            raise ValueError(_VALUELESS[1])
+        if self.toleration_seconds is not None and self.effect is not TaintEffect.NO_EXECUTE:
+            raise ValueError(_LIMITED[1])
+        return self
 
 
 class ProfileVolume(ApiModel):
@@ -52,7 +103,12 @@ class ProfileVolume(ApiModel):
 
     model_config = ConfigDict(json_schema_extra=rules(_SOURCE, _MOUNT))
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=40)]
+    name: Annotated[
+        str,
+        StringConstraints(max_length=40),
+        AfterValidator(_VOLUME_NAME.validate),
+        Field(json_schema_extra=_VOLUME_NAME.build_rule()),
+    ]
     """name identifies the volume in the profile."""
     mount_path: Annotated[
         str,
@@ -146,6 +202,8 @@ class ProfileBudget(ApiModel):
 class FineTuneProfileSpec(ApiModel):
     """What the jobs with this profile get, and what they may ask for."""
 
+    model_config = ConfigDict(json_schema_extra=rules(_MOUNTED_ONCE))
+
     is_default: bool = False
     """isDefault, when true, makes this the profile of jobs without a profileRef. Of several, the first by name is taken."""
     image: Annotated[str, StringConstraints(max_length=512)] | None = None
@@ -178,14 +236,15 @@ class FineTuneProfileSpec(ApiModel):
     """allowedUriSchemes are the schemes that a job's URIs may have. Default: all."""
     budget: ProfileBudget = ProfileBudget()
     """budget is for jobs that give none."""
-    price_per_accelerator_hour: (
-        Annotated[
-            str, StringConstraints(max_length=12), AfterValidator(_PRICE.validate), Field(json_schema_extra=_PRICE.build_rule())
-        ]
-        | None
-    ) = None
+    price_per_accelerator_hour: Price | None = None
     """pricePerAcceleratorHour is what an accelerator costs in an hour, in a currency of your choice; status.usage.cost follows
     from it."""
+
+    @model_validator(mode="after")
+    def _mount_each_path_once(self) -> Self:
+        if len({volume.mount_path for volume in self.volumes}) < len(self.volumes):
+            raise ValueError(_MOUNTED_ONCE[1])
+        return self
 
 
 class FineTuneProfile(ApiModel):

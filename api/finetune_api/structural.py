@@ -37,7 +37,7 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
             continue
         if key == "properties":
             result[key] = {name: _convert(child, definitions=definitions, path=(*path, name)) for name, child in value.items()}
-        elif key == "additionalProperties" and value:
+        elif key == "additionalProperties" and isinstance(value, dict) and value:
             result[key] = _convert(value, definitions=definitions, path=(*path, "{}"))
         elif key == "items":
             result[key] = _convert(value, definitions=definitions, path=(*path, "[]"))

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model
 from finetune_api import names
 from finetune_api.accelerator import Accelerator
 from finetune_api.base import ApiModel, LongText, MetricText, NameText, ObjectName, Pattern, ShortText, rules
+from finetune_api.profile import AcceleratorKind, Price
 
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 _PVC = f"pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/{_SEGMENT})*"
@@ -31,6 +32,7 @@ _CHECKPOINT_URI = Pattern(
     f"{_PVC}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/{_SEGMENT})*",
     message="uri must be pvc://CLAIM/PATH, a folder in a PersistentVolumeClaim, or s3://BUCKET/PATH, a prefix in an object store",
 )
+_COST = Pattern("[0-9]{1,24}[.][0-9]{4}", message="cost must be a decimal number with 4 places, such as 12.3400")
 _REASON = Pattern("[A-Z][A-Za-z0-9]*", message="a reason is one CamelCase word, such as OOMKilled")
 # The subset of Kubernetes quantities that people write.
 _CPU = Pattern(
@@ -552,15 +554,27 @@ class Restart(ApiModel):
 
 
 class Usage(ApiModel):
-    """What a run has used."""
+    """What the attempts of a run that have ended have used. A new run begins with nothing."""
 
     accelerator_seconds: Annotated[int, Field(ge=0)] = 0
     """acceleratorSeconds is the number of accelerators times the seconds that their trainers ran. Of a CPU job, its pods
     count."""
     wasted_accelerator_seconds: Annotated[int, Field(ge=0)] = 0
     """wastedAcceleratorSeconds is the part of it that lay after the last checkpoint of attempts that ended early."""
-    cost: ShortText | None = None
-    """cost is acceleratorSeconds times the profile's price, as a decimal number in the currency of that price."""
+    cost: (
+        Annotated[
+            str, StringConstraints(max_length=32), AfterValidator(_COST.validate), Field(json_schema_extra=_COST.build_rule())
+        ]
+        | None
+    ) = None
+    """cost is the accelerator seconds of each attempt times the price that its profile had when it began, as a decimal number in
+    the currency of that price. Attempts without a price cost nothing."""
+    accelerators: Annotated[int, Field(ge=1)] = 1
+    """accelerators is the number of accelerators of the current attempt, over all its pods; of a CPU job, the number of pods."""
+    accelerator_kind: AcceleratorKind = AcceleratorKind.CPU
+    """acceleratorKind is the kind of the current attempt's accelerators."""
+    price_per_accelerator_hour: Price | None = None
+    """pricePerAcceleratorHour is the price of the current attempt's profile when it began."""
 
 
 class FineTuneJobStatus(ApiModel):
@@ -594,9 +608,10 @@ class FineTuneJobStatus(ApiModel):
     pod_shape: ShortText | None = None
     """podShape is a hash of what the pods of the current attempt request."""
     training_seconds: Annotated[int, Field(ge=1)] | None = None
-    """trainingSeconds is the budget that the run began with: that of the spec, else that of the profile."""
+    """trainingSeconds is the budget that the run began with: that of the spec, else that of the profile. The run keeps it, as
+    another one would make its checkpoints worthless."""
     usage: Usage | None = None
-    """usage is what the attempts of this run have used that have ended."""
+    """usage is what the attempts of this run have used that have ended. A new run begins with nothing."""
     checkpoint: CheckpointStatus | None = None
     """checkpoint is the newest saved state, which the next attempt goes on from."""
     conditions: Annotated[

@@ -41,7 +41,12 @@ _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 _JSON = "application/json"
 
-_PREFIXES = {Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
+_PREFIXES = {
+    Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}",
+    Kind.JOB: "/apis/batch/v1",
+    Kind.POD: "/api/v1",
+    Kind.FINETUNEPROFILE: f"/apis/{names.API_VERSION}",
+}
 _CHILDREN = {
     ("batch/v1", "Job"): ("/apis/batch/v1", "jobs"),
     ("v1", "Service"): ("/api/v1", "services"),
@@ -97,11 +102,15 @@ class Cluster:
             await stale.close()
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
-        """Create or change a child by server-side apply, and return it."""
+        """Create a child by server-side apply, and return it.
+
+        It is not forced: where another manager, such as a queue, has changed the child, this raises ConflictError, so the
+        operator never takes back what others decided.
+        """
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
         path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
-        query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
+        query = {"fieldManager": names.FIELD_MANAGER}
         try:
             return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
         except NotFoundError as error:
@@ -145,11 +154,11 @@ class Cluster:
     async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
         """Return what exists of a kind, by metadata alone and in chunks."""
         objects: dict[str, tuple[Key, int]] = {}
-        query = {"limit": str(_CHUNK)} | ({} if kind is Kind.FINETUNEJOB else {"labelSelector": SELECTOR})
+        query = {"limit": str(_CHUNK)} | ({} if kind.is_ours else {"labelSelector": SELECTOR})
         while True:
             chunk = await self._request("list", _path(kind, namespace), resource=kind.value, query=query, accept=_METADATA_ONLY)
             for each in (item["metadata"] for item in chunk.get("items") or ()):
-                objects[each["uid"]] = (each["namespace"], each["name"]), int(each["resourceVersion"])
+                objects[each["uid"]] = (each.get("namespace", ""), each["name"]), int(each["resourceVersion"])
             if not (token := chunk["metadata"].get("continue")):
                 return Listing(version=int(chunk["metadata"]["resourceVersion"]), objects=objects)
             query = query | {"continue": token}
@@ -276,15 +285,18 @@ class Answer:
         raise build_api_error(self.status, reason=parsed.get("reason") or "Unknown", message=parsed.get("message") or "")
 
 
-async def check_custom_resource(cluster: Cluster, *, namespace: str | None) -> None:
-    """Raise StartError unless the API server knows FineTuneJobs and lets us list them."""
-    try:
-        await cluster.list_versions(Kind.FINETUNEJOB, namespace=namespace)
-    except NotFoundError as error:
-        crd = f"{names.PLURAL}.{names.GROUP}"
-        raise StartError(f"the CustomResourceDefinition {crd} is not installed; apply crds/ or the Helm chart") from error
-    except UnauthorizedError as error:
-        raise StartError(f"the API server at {cluster.server} does not accept the credentials: {error}") from error
+async def check_custom_resources(cluster: Cluster, *, namespaces: tuple[str, ...]) -> None:
+    """Raise StartError unless the API server knows our custom resources and lets us list them."""
+    for kind in (each for each in Kind if each.is_ours):
+        crd = f"{kind.value}.{names.GROUP}"
+        try:
+            await cluster.list_versions(kind, namespace=kind.list_scopes(namespaces)[0])
+        except NotFoundError as error:
+            raise StartError(f"the CustomResourceDefinition {crd} is not installed; apply crds/ or the Helm chart") from error
+        except RefusedError as error:
+            raise StartError(f"the operator may not list {crd}; the Helm chart has the roles for it: {error}") from error
+        except UnauthorizedError as error:
+            raise StartError(f"the API server at {cluster.server} does not accept the credentials: {error}") from error
 
 
 async def _load_configuration(settings: ClientSettings) -> Configuration:

@@ -31,11 +31,15 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/status"): ["patch"],
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
+    ("", "services"): ["create", "patch"],
     ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }
-_CLUSTER_RULES = {("authentication.k8s.io", "tokenreviews"): ["create"]}
+_CLUSTER_RULES = {
+    ("authentication.k8s.io", "tokenreviews"): ["create"],
+    ("finetune.dev", "finetuneprofiles"): ["list", "watch"],
+}
 
 
 @pytest.mark.parametrize("mode", _MODES)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,4 +25,9 @@ def kubectl(control_plane: Path, api: Any) -> Kubectl:
             [program, "--kubeconfig", str(control_plane), *words], input=stdin, capture_output=True, text=True, check=False
         )
 
+    # kubectl reads the OpenAPI document, which the API server publishes some time after a CRD is established.
+    deadline = time.monotonic() + 30
+    while (explained := run("explain", "finetunejobs")).returncode:
+        assert time.monotonic() < deadline, explained.stderr
+        time.sleep(0.1)
     return run

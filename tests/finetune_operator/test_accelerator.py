@@ -217,7 +217,7 @@ def test_a_job_without_its_class_waits_and_says_so() -> None:
     world = World(spec=SPEC | {"accelerator": {"custom": {"className": "npu"}}}).settle()
 
     assert ("AcceleratorClassNotFound", {}) == (world.state, world.children)
-    assert "npu for this; it has none: correct spec.accelerator" in world.message
+    assert "the operator has no accelerator class npu for this; it has" in world.message
     assert [("Warning", "AcceleratorClassNotFound")] == world.events
     assert Outcome() == world.wait(3600).reconcile(), "nothing to do and no time to look again, until something changes"
 

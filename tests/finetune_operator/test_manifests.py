@@ -10,6 +10,7 @@ from finetune_api.contract import TrainerConfig
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
+from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import DeviceRequest, shape_pods
 from finetune_operator.settings import TrainerSettings
@@ -69,10 +70,20 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
             {"checkpoint": {"uri": "s3://bucket/emoji", "secretRef": {"name": "keys"}}},
             id="checkpoints in an object store",
         ),
+        pytest.param("job-many-nodes.yaml", {"nodes": 4}, id="many nodes"),
     ],
 )
 def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fields: dict[str, Any]) -> None:
     golden(name, yaml.safe_dump(_build(**fields), sort_keys=False))
+
+
+def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
+    service = build_service(_JOB)
+    template = _build(nodes=4)["spec"]["template"]
+
+    golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
+    assert service["metadata"]["name"] == template["spec"]["subdomain"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

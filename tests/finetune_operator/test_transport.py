@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
-from finetune_operator.cluster import ClientSettings, Cluster
-from finetune_operator.errors import ApiError, NotFoundError, RefusedError, UnauthorizedError
+from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
+from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError
 from finetune_operator.metrics import Metrics
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.views import Kind, RawObject
@@ -170,3 +170,36 @@ async def test_server_that_is_gone_is_an_error_like_others(metrics: Metrics) -> 
     with pytest.raises(ApiError, match="NoAnswer"):
         await _get(cluster)
     await cluster.close()
+
+
+_EMPTY = (200, {}, '{"metadata": {"resourceVersion": "7"}, "items": []}')
+_ABSENT = (404, {}, '{"reason": "NotFound", "message": "the server could not find the requested resource"}')
+_FORBIDDEN = (403, {}, '{"reason": "Forbidden", "message": "cannot list"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        pytest.param([_ABSENT], "finetunejobs.finetune.dev is not installed; apply crds/ or the Helm chart", id="no jobs"),
+        pytest.param([_EMPTY, _ABSENT], "finetuneprofiles.finetune.dev is not installed", id="no profiles"),
+        pytest.param([_EMPTY, _FORBIDDEN], "may not list finetuneprofiles.finetune.dev", id="no right to profiles"),
+    ],
+)
+async def test_start_tells_which_resource_is_missing(
+    cluster: Cluster, server: Server, answers: list[tuple[int, dict[str, str], str]], message: str
+) -> None:
+    server.answers = list(answers)
+
+    with pytest.raises(StartError, match=message):
+        await check_custom_resources(cluster, namespaces=("team",))
+
+
+async def test_start_looks_for_profiles_in_the_whole_cluster(cluster: Cluster, server: Server) -> None:
+    server.answers = [_EMPTY]
+    await check_custom_resources(cluster, namespaces=("team", "other"))
+
+    prefix = "/apis/finetune.dev/v1alpha1"
+    assert [path.partition("?")[0] for path in server.paths] == [
+        f"{prefix}/namespaces/team/finetunejobs",
+        f"{prefix}/finetuneprofiles",
+    ]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -71,22 +72,33 @@ def test_stopped_in_every_phase_one_after_the_other(
 def test_number_of_workers_may_change_between_attempts(
     config: TrainerConfig, unbroken: dict[str, torch.Tensor], run_job: Any, run_until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG", logger="finetune_trainer")
     run_until(config, Phase.FINETUNE, after=1, num_workers=2)
+    first = read_last_step(caplog)
     run_until(config, Phase.FINETUNE, after=1, num_workers=0)
+    second = read_last_step(caplog)
     run_job(config, num_workers=1)
 
-    assert [int(text.rpartition(" ")[2]) for text in caplog.messages if "goes on after step" in text] == [10, 20]
+    assert [first, second] == [int(text.rpartition(" ")[2]) for text in caplog.messages if "goes on after step" in text]
+    assert 0 < first < second < 25
     assert have_equal_bits(read_weights(Path(config.output_path)), unbroken)
 
 
-def test_stop_loses_no_step(config: TrainerConfig, run_until: Any) -> None:
+def read_last_step(caplog: pytest.LogCaptureFixture) -> int:
+    """Return the last step that was done: how many fit between two reports depends on the machine."""
+    return [int(text.split()[1]) for text in caplog.messages if re.fullmatch("step [0-9]+ done", text)][-1]
+
+
+def test_stop_loses_no_step(config: TrainerConfig, run_until: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="finetune_trainer")
     run_until(config, Phase.FINETUNE, after=2)
 
     storage = open_storage(config.checkpoint_path)
     newest = max(name for name in storage.list_folders() if name.endswith("-steps"))
     manifest = json.loads(storage.read(f"{newest}/manifest.json"))
-    assert (manifest["step"], manifest["samples"]) == (20, 320)
+    step = read_last_step(caplog)
+    assert (manifest["step"], manifest["samples"]) == (step, 16 * step)
+    assert step > 0
 
 
 def test_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(

@@ -43,7 +43,6 @@ class Namespace:
     def apply(self, name: str, **spec: Any) -> dict[str, Any]:
         """Apply a new FineTuneJob with small settings, and return its manifest; all modules share the names."""
         assert name not in self._applied, f"another test has a job named {name}"
-        self._applied.add(name)
         manifest = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneJob",
@@ -51,6 +50,7 @@ class Namespace:
             "spec": _SPEC | {"output": {"uri": f"pvc://models/{name}"}} | spec,
         }
         self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+        self._applied.add(name)
         return manifest
 
     def kubectl(self, *words: str, stdin: str | None = None) -> str:

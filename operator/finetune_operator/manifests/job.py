@@ -22,9 +22,14 @@ def build_job(
     attempt: int,
     shape: PodShape,
     micro_batch_divisor: int = 1,
+    training_seconds: int | None = None,
+    pod_shape: str | None = None,
     settings: TrainerSettings,
 ) -> dict[str, Any]:
-    """Return the Job of an attempt: Indexed, never retried by Kubernetes itself, as the operator decides on that."""
+    """Return the Job of an attempt: Indexed, never retried by Kubernetes itself, as the operator decides on that.
+
+    A spec that holds defaults of a profile needs the pod shape of the spec as the user wrote it.
+    """
     name = names.child_name(job.name, compute_run(spec), attempt)
     service = names.service_name(job.name, job.uid)
     config = build_trainer_config(
@@ -34,19 +39,24 @@ def build_job(
         attempt=attempt,
         micro_batch_divisor=micro_batch_divisor,
         grace_seconds=settings.termination_grace_seconds,
+        training_seconds=training_seconds,
         world=shape.build_world(rendezvous_host=f"{name}-0.{service}" if shape.nodes > 1 else None),
     )
-    labels = _build_labels(job, spec, config=config)
+    labels = _build_labels(job, config=config, pod_shape=pod_shape or compute_pod_shape(spec))
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             "name": name,
             "namespace": job.namespace,
-            "labels": labels,
+            # Not on the pods, which a queue would then count for themselves.
+            "labels": {**labels, **job.queue_labels} if job.queue_labels else labels,
+            **({"annotations": {names.ANNOTATION_QUEUE: job.queue_request}} if job.queue else {}),
             "ownerReferences": [build_owner(job)],
         },
         "spec": {
+            # The queue has to find it suspended; from then on the field is the queue's.
+            **({"suspend": True} if job.queue else {}),
             "completionMode": "Indexed",
             "completions": shape.nodes,
             "parallelism": shape.nodes,
@@ -54,21 +64,21 @@ def build_job(
             # A pod counts as failed only when it is gone, so that two attempts never write at once.
             "podReplacementPolicy": "Failed",
             "template": {
-                "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca}},
+                "metadata": {"labels": labels, "annotations": {names.ANNOTATION_CA: settings.report_ca, **job.topology}},
                 "spec": _build_pod_spec(job, spec, config=config, shape=shape, settings=settings),
             },
         },
     }
 
 
-def _build_labels(job: JobView, spec: FineTuneJobSpec, *, config: TrainerConfig) -> dict[str, str]:
+def _build_labels(job: JobView, *, config: TrainerConfig, pod_shape: str) -> dict[str, str]:
     return {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
         names.LABEL_JOB: job.name,
         names.LABEL_JOB_UID: job.uid,
         names.LABEL_RUN: config.run,
         names.LABEL_ATTEMPT: str(config.attempt),
-        names.LABEL_POD_SHAPE: compute_pod_shape(spec),
+        names.LABEL_POD_SHAPE: pod_shape,
     }
 
 

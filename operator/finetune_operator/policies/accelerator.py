@@ -79,7 +79,7 @@ def shape_pods(spec: FineTuneJobSpec, classes: Mapping[str, AcceleratorClass]) -
         resources=({resource: str(request.count)} if resource else {}) | found.extra_resources,
         devices=DeviceRequest(device_class=found.device_class, count=request.count) if found.device_class else None,
         node_selector=found.fill_node_selector(request.parameters),
-        tolerations=tuple(each.model_dump(by_alias=True, exclude_none=True) for each in found.tolerations),
+        tolerations=tuple(each.model_dump(mode="json", by_alias=True, exclude_none=True) for each in found.tolerations),
         environment=found.environment,
         shared_memory=_size_shared_memory(processes, memory=spec.resources.memory),
     )

@@ -10,6 +10,8 @@ _CAUSES = (
     ("failed calling webhook", "WebhookFailed", "the webhook does not answer; its owner has to mend it"),
     ("admission webhook", "AdmissionDenied", "ask the owner of the webhook"),
     ("ValidatingAdmissionPolicy", "AdmissionDenied", "ask the owner of the policy"),
+    ("conflict with", "FieldConflict", "another manager has changed the object: undo that, or delete the object"),
+    ("conflicts with", "FieldConflict", "other managers have changed the object: undo that, or delete the object"),
     ("forbidden", "Forbidden", "ask the administrator of the cluster"),
 )
 
