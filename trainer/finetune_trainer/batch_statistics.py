@@ -38,11 +38,22 @@ class _SharedStatistics(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401  as above
         options = options or {}
         if function is functional.batch_norm and options.get("training"):
-            x_BC, running_mean, running_var, weight, bias = arguments
-            return _Normalise.apply(
-                x_BC, weight, bias, running_mean, running_var, options["momentum"], options["eps"], self._group
-            )
+            return self._normalise(*arguments, **options)
         return function(*arguments, **options)
+
+    def _normalise(
+        self,
+        x_BC: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,  # noqa: ARG002, FBT001  the signature of the function that it replaces
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        y_BC: Tensor = _Normalise.apply(x_BC, weight, bias, running_mean, running_var, momentum, eps, self._group)
+        return y_BC
 
 
 class _Normalise(torch.autograd.Function):

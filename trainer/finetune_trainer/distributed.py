@@ -105,10 +105,11 @@ class Group:
         length = torch.tensor([len(content)])
         dist.broadcast(length, src=0)
         buffer = torch.empty(int(length), dtype=torch.uint8)
+        if not len(buffer):
+            return b""
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        if len(buffer):
-            dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer, src=0)
         return buffer.numpy().tobytes()
 
     def broadcast_json(self, content: Any) -> Any:  # noqa: ANN401  JSON data

@@ -43,6 +43,7 @@ class MicroBatches:
 
     def map(self, function: Callable[[Tensor], Tensor], batch: Tensor, *, share: int) -> Tensor:
         """Return the rows that `function` gives for the batch: each process computes those of `share` examples, part by part."""
+        assert len(batch) <= share * self.group.size, "every example must belong to a process"
         counts = [len(batch[start : start + share]) for start in range(0, share * self.group.size, share)]
         own = batch[self.group.rank * share :][:share]
         # The rows of one example tell a process that has none what rows look like.
