@@ -14,10 +14,11 @@ from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import shape_pods
+from finetune_operator.policies.gang import Gang
 from finetune_operator.policies.pending import explain_pending
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import State
-from finetune_operator.views import project_pod
+from finetune_operator.views import project_child, project_pod
 
 pytestmark = pytest.mark.apiserver
 
@@ -133,10 +134,13 @@ class Site:
         return list(self.until(read, what=f"{count} pods have nodes", seconds=20))
 
     def explain(self, case: Case) -> State:
-        """Return the state that users read, of the first pod."""
-        record = project_pod(self.pods()[0])
-        assert record is not None
-        return explain_pending(record.content, spec=FineTuneJobSpec.model_validate(_SPEC | {"accelerator": case.accelerator}))
+        """Return the state that users read."""
+        (job,) = self.api.get(self.path("jobs"))["items"]
+        child, pods = project_child(job), [project_pod(each) for each in self.pods()]
+        assert child is not None
+        gang = Gang(pods=tuple(each.content for each in pods if each is not None))
+        spec = FineTuneJobSpec.model_validate(_SPEC | {"accelerator": case.accelerator})
+        return explain_pending(gang, child=child.content, spec=spec)
 
     def clear(self) -> None:
         """Remove Jobs, pods and nodes."""
