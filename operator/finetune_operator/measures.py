@@ -15,7 +15,7 @@ from finetune_operator.metrics import (
     Metrics,
 )
 from finetune_operator.observed import JobView
-from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
+from finetune_operator.policies.failure import MEMORY_REASONS, is_disruption
 
 
 def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, created_at: datetime | None) -> None:
@@ -57,6 +57,6 @@ def _measure_usage(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobSta
 
 
 def _find_cause(reason: str) -> str:
-    if reason == OUT_OF_MEMORY:
+    if reason in MEMORY_REASONS:
         return "oom"
     return "disruption" if is_disruption(reason) else "error"

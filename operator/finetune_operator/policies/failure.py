@@ -14,6 +14,8 @@ from finetune_api.v1alpha1 import Failure, FailureAction, FailureRule, FineTuneJ
 from finetune_operator.observed import ChildView, PodView
 
 OUT_OF_MEMORY = "OOMKilled"
+# As the kernel says it, and as trainers do whose processes could not split a batch on their own.
+MEMORY_REASONS = frozenset({OUT_OF_MEMORY, "OutOfMemory"})
 NODE_LOST = "NodeLost"
 
 _MAX_LOG_TAIL = 1024

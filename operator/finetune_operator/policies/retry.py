@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 
 from finetune_api.v1alpha1 import FineTuneJobStatus, Restart
 
-from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
+from finetune_operator.policies.failure import MEMORY_REASONS, is_disruption
 
 _MAX_HISTORY = 16
 _MAX_DIVISOR = 1024
@@ -18,7 +18,7 @@ def record_restart(
 ) -> FineTuneJobStatus:
     """Return the status with one more restart in it; after running out of memory the next attempt splits its batches more."""
     restart = Restart(attempt=attempt, reason=reason, time=ended_at, counted=is_counted, lost_seconds=lost_seconds)
-    divisor = status.micro_batch_divisor * (2 if reason == OUT_OF_MEMORY else 1)
+    divisor = status.micro_batch_divisor * (2 if reason in MEMORY_REASONS else 1)
     update = {
         "restarts": status.restarts + 1,
         "restarts_counted_towards_limit": status.restarts_counted_towards_limit + int(is_counted),
