@@ -162,7 +162,7 @@ def normalise(group: Group, x_BCHW: Tensor, counts: list[int]) -> dict[str, Any]
     layer = torch.nn.BatchNorm2d(x_BCHW.shape[1])
     with torch.no_grad():
         layer.weight.copy_(torch.arange(1.0, 1 + len(layer.weight)))
-    with share_batch_statistics(group):
+    with share_batch_statistics(group, Device("cpu", Precision.FP32)):
         y = layer(x)
     (y.square() * torch.arange(y.shape[3])).sum().backward()
     assert layer.weight.grad is not None

@@ -8,26 +8,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from finetune_api.contract import DeviceType
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from finetune_trainer.device import Device
 from finetune_trainer.distributed import Group
 
 
-def share_batch_statistics(group: Group) -> contextlib.AbstractContextManager[Any]:
+def share_batch_statistics(group: Group, device: Device) -> contextlib.AbstractContextManager[Any]:
     """Return the context for forward passes in train mode.
 
     It takes the place of the function that all layers of batch normalisation call, timm's with activations included; torch's own
     SyncBatchNorm replaces layers, does not know those, and does not run on CPUs.
     """
-    return contextlib.nullcontext() if group.size == 1 else _SharedStatistics(group)
+    # XLA has no gradient for the normalisation by statistics that are given (torch_xla 2.9), so it is spelt out.
+    is_spelt_out = device.type is DeviceType.XLA
+    return _Statistics(group, is_spelt_out=is_spelt_out) if group.size > 1 or is_spelt_out else contextlib.nullcontext()
 
 
-class _SharedStatistics(TorchFunctionMode):
-    def __init__(self, group: Group) -> None:
+class _Statistics(TorchFunctionMode):
+    def __init__(self, group: Group, *, is_spelt_out: bool) -> None:
         super().__init__()
         self._group = group
+        self._is_spelt_out = is_spelt_out
 
     def __torch_function__(
         self,
@@ -37,8 +42,10 @@ class _SharedStatistics(TorchFunctionMode):
         options: Any = None,  # noqa: ANN401  torch knows no better
     ) -> Any:  # noqa: ANN401  as above
         options = options or {}
-        if function is functional.batch_norm and options.get("training"):
+        if function is functional.batch_norm and options["training"] and self._group.size > 1:
             return self._normalise(*arguments, **options)
+        if function is functional.batch_norm and not options["training"] and self._is_spelt_out:
+            return _normalise_as_given(*arguments, **options)
         return function(*arguments, **options)
 
     def _normalise(
@@ -54,6 +61,22 @@ class _SharedStatistics(TorchFunctionMode):
     ) -> Tensor:
         y_BC: Tensor = _Normalise.apply(x_BC, weight, bias, running_mean, running_var, momentum, eps, self._group)
         return y_BC
+
+
+def _normalise_as_given(
+    x_BC: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    **_: Any,  # noqa: ANN401  what only training needs
+) -> Tensor:
+    y_BC = _standardise(x_BC, running_mean, (running_var + eps).rsqrt())
+    if weight is not None and bias is not None:
+        y_BC = y_BC * _spread(weight, x_BC) + _spread(bias, x_BC)
+    return y_BC.to(x_BC.dtype)
 
 
 class _Normalise(torch.autograd.Function):

@@ -47,7 +47,7 @@ class Evaluation:
     """Per-class values, confusion matrix and calibration, as JSON data."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compute_logits(
     model: nn.Module,
     pixels_NHWC: Tensor,

@@ -70,7 +70,7 @@ def compute_features(
 
     def extract(index_b: Tensor) -> Tensor:
         pixels_bHWC = pixels_NHWC[index_b.to(pixels_NHWC.device)].to(device.name)
-        with torch.inference_mode(), device.autocast():
+        with torch.no_grad(), device.autocast():
             x_bCHW = backbone.architecture.preprocessing.normalise(pixels_bHWC.permute(0, 3, 1, 2))
             return backbone.extract(x_bCHW).float().cpu()
 

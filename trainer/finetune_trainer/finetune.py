@@ -239,7 +239,7 @@ def _train_step(learner: Learner, course: Course, meter: Meter, *, steps_left: i
 
     loss = memory.group.sum(memory.run(compute, batch_size=course.batch_size))
     learner.parts = memory.parts
-    nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm, foreach=True)
+    nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
     learner.optimizer.step()
     course.device.finish_step()
     learner.update_average(compute_average_weight(stride, horizon=recipe.ema_horizon))
@@ -262,7 +262,7 @@ def _compute_gradients(learner: Learner, course: Course, x_BCHW: Tensor, y_B: Te
     total = torch.zeros((), device=x_BCHW.device)
     sizes = [run.stop - run.start for run in course.list_runs(parts)]
     for number, (x_bCHW, y_b) in enumerate(zip(torch.split(x_BCHW, sizes), torch.split(y_B, sizes), strict=True), start=1):
-        with group.exchanging(learner.forward, is_last=number == len(sizes)), share_batch_statistics(group):
+        with group.exchanging(learner.forward, is_last=number == len(sizes)), share_batch_statistics(group, course.device):
             with course.device.autocast():
                 z_bK = learner.forward(course.preprocessing.normalise(x_bCHW))
                 loss = functional.cross_entropy(z_bK, y_b) * (len(y_b) / course.batch_size) if len(y_b) else z_bK.sum()

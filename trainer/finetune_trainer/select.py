@@ -136,5 +136,5 @@ def _show_training_pictures(job: Job, model: Classifier, recipe: Recipe) -> None
             device=job.device.name,
             runs=Share(job.group.rank, job.group.size).list_runs(min(recipe.batch_size, len(train_N)), parts=1),
         )
-        with job.device.autocast(), share_batch_statistics(job.group):
+        with job.device.autocast(), share_batch_statistics(job.group, job.device):
             model(job.backbone.architecture.preprocessing.normalise(x_BCHW))
