@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from finetune_api.crd import build_crd
+from finetune_api.crd import build_crds
 
 ROOT = Path(__file__).parents[1]
 NAMESPACE = "bench"
@@ -101,15 +101,15 @@ def run_control_plane() -> Iterator[Path]:
 
 
 def prepare(api: Api) -> None:
-    """Make the CustomResourceDefinition and the namespace."""
-    crd = build_crd()
-    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-    api.request("PATCH", path, crd)
-    while not any(
-        each["type"] == "Established" and each["status"] == "True"
-        for each in api.request("GET", path).get("status", {}).get("conditions") or ()
-    ):
-        time.sleep(0.05)
+    """Make the CustomResourceDefinitions and the namespace."""
+    for crd in build_crds():
+        path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+        api.request("PATCH", path, crd)
+        while not any(
+            each["type"] == "Established" and each["status"] == "True"
+            for each in api.request("GET", path).get("status", {}).get("conditions") or ()
+        ):
+            time.sleep(0.05)
     api.request("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
 
 

@@ -1,15 +1,18 @@
 """Write everything that is generated: the CRD, the chart's CRD, schema and README, and the reference pages."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from finetune_api import names
-from finetune_api.crd import build_crd
+from finetune_api.crd import build_crd, build_crds, build_profile_crd
+from finetune_operator.accelerator_classes import AcceleratorClass, AcceleratorClasses
 from finetune_operator.metrics import build_reference as build_metrics_page
 from generate_chart import build_readme, build_values_schema
-from generate_reference import build_api_page, build_exit_codes_page, build_settings_page
+from generate_reference import build_api_page, build_classes_page, build_exit_codes_page, build_settings_page
+from pydantic import TypeAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = Path("charts/finetune-operator")
@@ -32,14 +35,18 @@ def build_files() -> dict[Path, str]:
     """Return the text of every generated file by its path in the repository."""
     values = (ROOT / CHART / "values.yaml").read_text(encoding="utf-8")
     readme = (ROOT / CHART / "README.md").read_text(encoding="utf-8")
-    crd = build_crd()
     files = {
-        Path("crds") / f"{names.GROUP}_{names.PLURAL}.yaml": f"# {_NOTICE}\n{dump_yaml(crd)}",
-        CHART / "templates" / "crds.yaml": build_crd_template(crd),
+        **{
+            Path("crds") / f"{names.GROUP}_{crd['spec']['names']['plural']}.yaml": f"# {_NOTICE}\n{dump_yaml(crd)}"
+            for crd in build_crds()
+        },
+        CHART / "templates" / "crds.yaml": build_crd_template(build_crds()),
         CHART / "values.schema.json": build_values_schema(values),
         CHART / "README.md": build_readme(readme, values),
-        Path("docs/reference/finetunejob.md"): _with_notice(build_api_page(crd)),
+        Path("docs/reference/finetunejob.md"): _with_notice(build_api_page(build_crd())),
+        Path("docs/reference/finetuneprofile.md"): _with_notice(build_api_page(build_profile_crd())),
         Path("docs/reference/settings.md"): _with_notice(build_settings_page()),
+        Path("docs/reference/accelerator-classes.md"): _with_notice(build_classes_page(_read_classes(values))),
         Path("docs/reference/exit-codes.md"): _with_notice(build_exit_codes_page()),
         Path("docs/reference/metrics.md"): _with_notice(build_metrics_page()),
     }
@@ -48,8 +55,17 @@ def build_files() -> dict[Path, str]:
     return files
 
 
-def build_crd_template(crd: dict[str, Any]) -> str:
-    """Return the CRD as a template of the chart: optional, labelled, and kept at uninstall if the values say so."""
+def _read_classes(values: str) -> dict[str, AcceleratorClass]:
+    return TypeAdapter(AcceleratorClasses).validate_python(yaml.safe_load(values)["accelerators"])
+
+
+def build_crd_template(crds: Iterable[dict[str, Any]]) -> str:
+    """Return the CRDs as a template of the chart: optional, labelled, and kept at uninstall if the values say so."""
+    documents = "---\n".join(map(_build_crd_document, crds))
+    return f"{{{{- /* {_NOTICE} */}}}}\n{{{{- if .Values.crds.enabled }}}}\n{documents}{{{{- end }}}}\n"
+
+
+def _build_crd_document(crd: dict[str, Any]) -> str:
     assert "{{" not in dump_yaml(crd), "helm would read {{ in the CRD as an action"
     rest = {key: value for key, value in crd.items() if key != "metadata"}
     head, body = dump_yaml(rest).split("spec:\n", 1)
@@ -62,7 +78,7 @@ def build_crd_template(crd: dict[str, Any]) -> str:
         "    helm.sh/resource-policy: keep\n"
         "  {{- end }}\n"
     )
-    return f"{{{{- /* {_NOTICE} */}}}}\n{{{{- if .Values.crds.enabled }}}}\n{head}{metadata}spec:\n{body}{{{{- end }}}}\n"
+    return f"{head}{metadata}spec:\n{body}"
 
 
 def dump_yaml(value: dict[str, Any]) -> str:

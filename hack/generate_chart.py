@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 _BEGIN, _END = "<!-- values: begin -->", "<!-- values: end -->"
+_MAX_DEFAULT = 200
 _KEY = re.compile(r"^( *)([A-Za-z]+):")
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
@@ -56,11 +57,17 @@ def build_readme(readme: str, text: str) -> str:
     _, mark, after = rest.partition(_END)
     assert mark, f"README.md lacks {_BEGIN} and {_END}"
     rows = [
-        f"| `{'.'.join(value.path)}` | {_name_type(value)} | `{json.dumps(value.default)}` | {value.description} |"
+        f"| `{'.'.join(value.path)}` | {_name_type(value)} | {_describe_default(value.default)} | {value.description} |"
         for value in read_values(text)
     ]
     table = "\n".join(("| value | type | default | meaning |", "| --- | --- | --- | --- |", *rows))
     return f"{before}{_BEGIN}\n{table}\n{_END}{after}"
+
+
+def _describe_default(default: object) -> str:
+    """Return a default as a cell of the table; a long one is read in its file."""
+    text = json.dumps(default)
+    return f"`{text}`" if len(text) <= _MAX_DEFAULT else "[values.yaml](values.yaml)"
 
 
 def _build_value_schema(value: Value) -> dict[str, Any]:

@@ -4,19 +4,22 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from finetune_api import contract, names
+from finetune_operator.accelerator_classes import AcceleratorClass
 from finetune_operator.settings import Settings
 
 Schema = dict[str, Any]
 
-_API_HEAD = f"""# {names.KIND}
+_API_HEAD = """# {kind}
 
-`{names.API_VERSION}`, kind `{names.KIND}`, short name `{names.SHORT_NAME}`, namespaced.
-`kubectl explain {names.SHORT_NAME}.spec` prints the same text.
+`{version}`, kind `{kind}`, short name `{short}`, {scope}.
+`kubectl explain {short}.spec` prints the same text.
 The API server refuses an object that breaks a bound or a rule, and names the field.
 """
+
+_SCOPES = {"Namespaced": "namespaced", "Cluster": "cluster-scoped"}
 
 _SETTINGS_HEAD = """# Settings of the operator
 
@@ -25,6 +28,16 @@ The chart sets all of them from its values; see [its README](../../charts/finetu
 
 | variable | type | default | meaning |
 | --- | --- | --- | --- |
+"""
+
+_CLASSES_HEAD = """# Accelerator classes of the chart
+
+What each kind of accelerator needs of pods and nodes: the chart's value `accelerators`.
+[Add a class](../accelerators/add-a-class.md) says how to change it.
+Words in braces stand for fields of `spec.accelerator`; a label whose field a job leaves out is left out.
+
+| class | the pod requests | processes for each | device | backend | labels of the node | taints tolerated | environment |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 _EXIT_CODES_HEAD = """# Exit codes of the trainer
@@ -41,9 +54,19 @@ def build_api_page(crd: Schema) -> str:
     """Return the page of the API: one section for each object, with its fields and rules."""
     version = crd["spec"]["versions"][0]
     root = version["schema"]["openAPIV3Schema"]
-    objects = (each for name in ("spec", "status") for each in _walk(name, root["properties"][name]))
-    sections = (_API_HEAD + _build_rules(root), _build_columns(version["additionalPrinterColumns"]))
+    kinds = crd["spec"]["names"]
+    head = _API_HEAD.format(
+        kind=kinds["kind"], version=names.API_VERSION, short=kinds["shortNames"][0], scope=_SCOPES[crd["spec"]["scope"]]
+    )
+    parts = [name for name in ("spec", "status") if name in root["properties"]]
+    objects = (each for name in parts for each in _walk(name, root["properties"][name]))
+    sections = (head + _build_rules(root), _build_columns(version["additionalPrinterColumns"], short=kinds["shortNames"][0]))
     return "\n".join((*sections, *(_build_section(path, node) for path, node in objects)))
+
+
+def build_classes_page(classes: dict[str, AcceleratorClass]) -> str:
+    """Return the page of the chart's accelerator classes."""
+    return _CLASSES_HEAD + "".join(f"{_build_class_row(name, each)}\n" for name, each in classes.items())
 
 
 def build_settings_page() -> str:
@@ -63,7 +86,7 @@ def _walk(path: str, node: Schema) -> Iterator[tuple[str, Schema]]:
     yield path, node
     for name, child in node["properties"].items():
         below, inner = (f"{path}.{name}[]", child["items"]) if child["type"] == "array" else (f"{path}.{name}", child)
-        if inner["type"] == "object":
+        if "properties" in inner:
             yield from _walk(below, inner)
 
 
@@ -91,14 +114,16 @@ def _build_rules(node: Schema) -> str:
     return "\nRules:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _build_columns(columns: list[Schema]) -> str:
+def _build_columns(columns: list[Schema], *, short: str) -> str:
     rows = "\n".join(f"| {each['name']} | {each['description']} | `{each['jsonPath']}` |" for each in columns)
-    return f"## Columns of `kubectl get {names.SHORT_NAME}`\n\n| column | meaning | from |\n| --- | --- | --- |\n{rows}\n"
+    return f"## Columns of `kubectl get {short}`\n\n| column | meaning | from |\n| --- | --- | --- |\n{rows}\n"
 
 
 def _describe_type(node: Schema) -> str:
     if node["type"] == "array":
         return f"list of {node['items']['type']}s"
+    if "additionalProperties" in node:
+        return f"map of {node['additionalProperties']['type']}s"
     return "time" if node.get("format") == "date-time" else str(node["type"])
 
 
@@ -124,20 +149,33 @@ def _describe_bounds(node: Schema) -> str:
     return "; ".join(parts) or "-"
 
 
+def _build_class_row(name: str, each: AcceleratorClass) -> str:
+    what = f"`{each.resource}`" if each.resource else f"DeviceClass `{each.device_class}`"
+    extra = "".join(f", `{resource}: {amount}`" for resource, amount in each.extra_resources.items())
+    labels = ", ".join(f"`{label}`: `{value}`" for label, value in each.node_selector.items()) or "-"
+    taints = ", ".join(f"`{taint.key}`" for taint in each.tolerations) or "-"
+    variables = ", ".join(f"`{variable}={value}`" for variable, value in each.environment.items()) or "-"
+    processes = each.processes_per_accelerator
+    return f"| `{name}` | {what}{extra} | {processes} | `{each.device}` | `{each.backend}` | {labels} | {taints} | {variables} |"
+
+
 def _list_settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
-        default = "required" if field.is_required() else f"`{_plain(field.default)}`" if _plain(field.default) else "empty"
+        text = _plain(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else f"`{text}`" if text else "empty"
         yield f"| `FINETUNE_{name.upper()}` | {_name_type(field.annotation)} | {default} | {_escape(field.description or '')} |"
 
 
 def _plain(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(value) if isinstance(value, tuple | dict) else str(value)
 
 
 def _name_type(annotation: object) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f"`{choice}`" for choice in choices)
+    if get_origin(annotation) is dict:
+        return "JSON"
     words = {"str": "text", "int": "whole number", "float": "number", "Path": "file"}
     return words.get(getattr(annotation, "__name__", ""), "list")
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from finetune_api.crd import build_crd
+from finetune_api.crd import build_crds
 
 Golden = Callable[[str, str], None]
 
@@ -108,16 +108,21 @@ def control_plane() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def api(control_plane: Path) -> Api:
-    """The API server of the control plane, which knows FineTuneJobs."""
+    """The API server of the control plane, which knows FineTuneJobs and FineTuneProfiles."""
     api = Api(control_plane)
-    crd = build_crd()
+    for crd in build_crds():
+        _establish(api, crd)
+    return api
+
+
+def _establish(api: Api, crd: dict[str, Any]) -> None:
     path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
     api.apply(path, crd)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         conditions = api.get(path).get("status", {}).get("conditions") or []
         if any(each["type"] == "Established" and each["status"] == "True" for each in conditions):
-            return api
+            return
         time.sleep(0.05)
     raise AssertionError("the CustomResourceDefinition was not established within 30 s")
 

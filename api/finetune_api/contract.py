@@ -6,7 +6,7 @@ The trainer answers with TrainerReports, posted while it runs, and once as the c
 
 import hashlib
 import json
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated
 
@@ -21,7 +21,6 @@ from finetune_api.v1alpha1 import (
     Hyperparameters,
     MethodType,
     OutputStatus,
-    Resources,
     Result,
     Task,
     TrainerStatus,
@@ -47,6 +46,8 @@ class ExitCode(IntEnum):
     """The loss became infinite or not a number."""
     PREEMPTED = 75
     """The pod was asked to stop, and what was done so far is saved."""
+    PEER_LOST = 76
+    """Another trainer process of the job ended; its pod tells why."""
     MODEL_NOT_FOUND = 78
     """The pretrained model is not where the spec says."""
 
@@ -61,6 +62,42 @@ class ContractModel(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", use_attribute_docstrings=True
     )
+
+
+class DeviceType(StrEnum):
+    """What torch computes on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    XLA = "xla"
+    HPU = "hpu"
+
+
+class Backend(StrEnum):
+    """How the processes of a job exchange gradients."""
+
+    GLOO = "gloo"
+    NCCL = "nccl"
+    XLA = "xla"
+    HCCL = "hccl"
+
+
+class World(ContractModel):
+    """The processes of one attempt, and where they meet."""
+
+    nodes: int = 1
+    processes_per_node: int = 1
+    device: DeviceType | None = None
+    """The device that must be there; None takes the best one that is."""
+    backend: Backend = Backend.GLOO
+    rendezvous_host: str | None = None
+    """Host name of the pod with index 0; None when there is one pod."""
+    rendezvous_port: int = names.PORT_RENDEZVOUS
+
+    @property
+    def size(self) -> int:
+        """Return the number of processes."""
+        return self.nodes * self.processes_per_node
 
 
 class TrainerConfig(ContractModel):
@@ -92,6 +129,7 @@ class TrainerConfig(ContractModel):
     """Into how many parts each batch is split; more than 1 after an attempt that ran out of memory."""
     grace_seconds: int = 60
     """Time from SIGTERM to SIGKILL."""
+    world: World = World()
 
     @property
     def work_path(self) -> str:
@@ -130,10 +168,15 @@ def build_trainer_config(
     attempt: int,
     micro_batch_divisor: int = 1,
     grace_seconds: int = 60,
+    training_seconds: int | None = None,
+    world: World | None = None,
     dataset_path: str | None = None,
     output_path: str | None = None,
 ) -> TrainerConfig:
-    """Return the configuration of one attempt, with `pvc://` URIs resolved to mount paths unless paths are given."""
+    """Return the configuration of one attempt, with `pvc://` URIs resolved to mount paths unless paths are given.
+
+    `training_seconds` is the budget of a spec that gives none.
+    """
     output_path = output_path or resolve_mount(spec.output.uri, mount=names.OUTPUT_MOUNT)
     return TrainerConfig(
         namespace=namespace,
@@ -150,7 +193,7 @@ def build_trainer_config(
         test_fraction=spec.dataset.test_fraction,
         method=spec.method.type,
         hyperparameters=spec.hyperparameters,
-        training_seconds=spec.budget.training_seconds,
+        training_seconds=spec.budget.training_seconds or training_seconds,
         output_uri=spec.output.uri,
         output_path=output_path,
         checkpoint_path=_resolve_checkpoints(spec.checkpoint.uri, output_path=output_path),
@@ -158,6 +201,7 @@ def build_trainer_config(
         checkpoint_keep=spec.checkpoint.keep,
         micro_batch_divisor=micro_batch_divisor,
         grace_seconds=grace_seconds,
+        world=world or World(),
     )
 
 
@@ -185,16 +229,20 @@ def compute_run(spec: FineTuneJobSpec) -> str:
 
     Defaults stay out of the hash, so that a field added in a later version of the API starts no new runs.
     """
-    return _digest(
-        spec.model_dump(
-            mode="json", by_alias=True, exclude_defaults=True, exclude={"suspend", "run_policy", "resources", "checkpoint"}
-        )
-    )
+    return _digest(spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=_NOT_OF_THE_RUN))
 
 
-def compute_pod_shape(resources: Resources) -> str:
-    """Return 8 hexadecimal digits of the hash of what a pod requests; a change of it replaces the attempt, not the run."""
-    return _digest(resources.model_dump(mode="json", by_alias=True))
+_NOT_OF_THE_RUN = {"suspend", "run_policy", "resources", "checkpoint", "profile_ref", "accelerator", "nodes", "managed_by"}
+
+
+def compute_pod_shape(spec: FineTuneJobSpec) -> str:
+    """Return 8 hexadecimal digits of the hash of what the pods request; a change of it replaces the attempt, not the run.
+
+    Defaults other than those of the resources stay out of the hash, as in a run's.
+    """
+    shape = spec.resources.model_dump(mode="json", by_alias=True)
+    shape |= spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, include={"profile_ref", "accelerator"})
+    return _digest(shape if spec.num_nodes == 1 else shape | {"nodes": spec.num_nodes})
 
 
 def _digest(content: object) -> str:

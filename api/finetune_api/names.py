@@ -6,6 +6,10 @@ KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
+PROFILE_KIND = "FineTuneProfile"
+PROFILE_PLURAL = "finetuneprofiles"
+PROFILE_SINGULAR = "finetuneprofile"
+PROFILE_SHORT_NAME = "ftp"
 API_VERSION = f"{GROUP}/{VERSION}"
 
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
@@ -15,7 +19,22 @@ LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_RUN = f"{GROUP}/run"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_POD_SHAPE = f"{GROUP}/pod-shape"
+# The number of a pod within its Indexed Job: https://kubernetes.io/docs/reference/labels-annotations-taints/
+LABEL_INDEX = "batch.kubernetes.io/job-completion-index"
+# Labels and annotations of Kueue, which are copied from a FineTuneJob to its child Jobs and their pods:
+# https://kueue.sigs.k8s.io/docs/reference/labels-and-annotations/
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+LABEL_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+ANNOTATION_PREFIX_TOPOLOGY = "kueue.x-k8s.io/podset-"
+ANNOTATION_QUEUE = f"{GROUP}/queue"
 ANNOTATION_CA = f"{GROUP}/ca.crt"
+# What an attempt was begun with: the operator reads them back from the child Job, people read them as well.
+ANNOTATION_PROFILE = f"{GROUP}/profile"
+ANNOTATION_PROFILE_GENERATION = f"{GROUP}/profile-generation"
+ANNOTATION_ACCELERATORS = f"{GROUP}/accelerators"
+ANNOTATION_ACCELERATOR_KIND = f"{GROUP}/accelerator-kind"
+ANNOTATION_PRICE = f"{GROUP}/price-per-accelerator-hour"
+ANNOTATION_TRAINING_SECONDS = f"{GROUP}/training-seconds"
 
 FIELD_MANAGER = "finetune-operator"
 STATUS_FIELD_MANAGER = "finetune-operator-status"
@@ -42,6 +61,8 @@ ENV_REPORT_TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  the name of a 
 PORT_REPORTS = 10443
 PORT_HEALTH = 8081
 PORT_METRICS = 8080
+# As torchrun's default.
+PORT_RENDEZVOUS = 29500
 
 # A child Job is called <job>-<run>-<attempt>; its pods add -<index>-<5 characters>, their host names -<index>: at most 63.
 MAX_NAME_LENGTH = 45
@@ -58,3 +79,8 @@ def report_path(namespace: str, name: str) -> str:
 def child_name(job: str, run: str, attempt: int) -> str:
     """Return the name of the batch/v1 Job that runs one attempt."""
     return f"{job}-{run}-{attempt}"
+
+
+def service_name(job: str, uid: str) -> str:
+    """Return the name of the headless Service by which the pods of a FineTuneJob find each other."""
+    return f"{job}-{uid[:8]}"

@@ -5,11 +5,12 @@ from typing import Any, cast
 JsonSchema = dict[str, Any]
 
 # Keywords that mean nothing to Kubernetes, or that structural schemas forbid at this place.
-_DROPPED = frozenset({"title", "$defs"})
+_DROPPED = frozenset({"title", "$defs", "propertyNames"})
 _KEPT = frozenset(
     {
         "type", "description", "default", "enum", "pattern", "format", "required", "maxLength", "minLength", "maximum", "minimum",
-        "exclusiveMaximum", "exclusiveMinimum", "maxItems", "minItems", "x-kubernetes-validations", "x-kubernetes-list-type",
+        "exclusiveMaximum", "exclusiveMinimum", "maxItems", "minItems", "maxProperties",
+        "x-kubernetes-validations", "x-kubernetes-list-type",
         "x-kubernetes-list-map-keys",
     }
 )  # fmt: skip
@@ -36,6 +37,8 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
             continue
         if key == "properties":
             result[key] = {name: _convert(child, definitions=definitions, path=(*path, name)) for name, child in value.items()}
+        elif key == "additionalProperties" and isinstance(value, dict) and value:
+            result[key] = _convert(value, definitions=definitions, path=(*path, "{}"))
         elif key == "items":
             result[key] = _convert(value, definitions=definitions, path=(*path, "[]"))
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
@@ -47,14 +50,19 @@ def _convert(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]
             result[key] = value
         else:
             raise UnsupportedSchemaError(f"{'.'.join(path)}: a structural schema cannot hold {key!r}")
-    if isinstance(result.get("default"), dict):
+    if isinstance(result.get("default"), dict) and "properties" in result:
         result["default"] = _strip_default(result["default"], result["properties"])
     return result
 
 
 def _strip_default(default: JsonSchema, properties: JsonSchema) -> JsonSchema:
     """Return what an object's default adds to its properties' own: the API server fills those in, and refuses nulls."""
-    return {name: value for name, value in default.items() if value is not None and value != properties[name].get("default")}
+    stripped = {
+        name: _strip_default(value, properties[name]["properties"]) if "properties" in properties[name] else value
+        for name, value in default.items()
+        if value is not None
+    }
+    return {name: value for name, value in stripped.items() if value != properties[name].get("default")}
 
 
 def _resolve(node: JsonSchema, *, definitions: JsonSchema, path: tuple[str, ...]) -> JsonSchema:

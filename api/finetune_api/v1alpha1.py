@@ -5,42 +5,16 @@ Rules that span fields stand twice, side by side: as CEL for the API server (`x-
 for local runs. tests/finetune_api holds both to the same table of cases.
 """
 
-import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api import names
-
-
-def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
-    """Return schema extras that hold CEL rules, given as (rule, message) pairs."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
-
-
-class Pattern:
-    """A regular expression that explains itself: a bare `pattern` in the schema would be refused with the expression alone.
-
-    The expression must mean the same in Python and in RE2, and hold neither quotes nor backslashes.
-    """
-
-    def __init__(self, expression: str, *, message: str) -> None:
-        self._expression = re.compile(expression)
-        self._message = message
-
-    def validate(self, value: str) -> str:
-        """Return the value, or raise ValueError with the explanation."""
-        if self._expression.fullmatch(value) is None:
-            raise ValueError(f"{value[:64]!r}: {self._message}")
-        return value
-
-    def build_rule(self) -> dict[str, Any]:
-        """Return the same as a CEL rule."""
-        return rules((f"self.matches('^({self._expression.pattern})$')", self._message))
-
+from finetune_api.accelerator import Accelerator
+from finetune_api.base import ApiModel, LongText, MetricText, NameText, ObjectName, Pattern, ShortText, rules
+from finetune_api.profile import AcceleratorKind, Price
 
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 _PVC = f"pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/{_SEGMENT})*"
@@ -58,10 +32,7 @@ _CHECKPOINT_URI = Pattern(
     f"{_PVC}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/{_SEGMENT})*",
     message="uri must be pvc://CLAIM/PATH, a folder in a PersistentVolumeClaim, or s3://BUCKET/PATH, a prefix in an object store",
 )
-_OBJECT_NAME = Pattern(
-    "[a-z0-9]([-a-z0-9.]*[a-z0-9])?",
-    message="name must be that of a Kubernetes object: lower-case letters, digits, '-' and '.'",
-)
+_COST = Pattern("[0-9]{1,24}[.][0-9]{4}", message="cost must be a decimal number with 4 places, such as 12.3400")
 _REASON = Pattern("[A-Z][A-Za-z0-9]*", message="a reason is one CamelCase word, such as OOMKilled")
 # The subset of Kubernetes quantities that people write.
 _CPU = Pattern(
@@ -85,12 +56,6 @@ CheckpointUri = Annotated[
     AfterValidator(_CHECKPOINT_URI.validate),
     Field(json_schema_extra=_CHECKPOINT_URI.build_rule()),
 ]
-ObjectName = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=253),
-    AfterValidator(_OBJECT_NAME.validate),
-    Field(json_schema_extra=_OBJECT_NAME.build_rule()),
-]
 ReasonText = Annotated[
     str, StringConstraints(max_length=64), AfterValidator(_REASON.validate), Field(json_schema_extra=_REASON.build_rule())
 ]
@@ -100,18 +65,6 @@ CpuQuantity = Annotated[
 MemoryQuantity = Annotated[
     str, StringConstraints(max_length=20), AfterValidator(_MEMORY.validate), Field(json_schema_extra=_MEMORY.build_rule())
 ]
-ShortText = Annotated[str, StringConstraints(max_length=64)]
-LongText = Annotated[str, StringConstraints(max_length=1024)]
-MetricText = Annotated[str, StringConstraints(max_length=64)]
-NameText = Annotated[str, StringConstraints(max_length=253)]
-
-
-class ApiModel(BaseModel):
-    """Base of every API type: camelCase in JSON, immutable in Python, unknown fields ignored for version skew."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore", use_attribute_docstrings=True
-    )
 
 
 class ModelSource(ApiModel):
@@ -369,10 +322,41 @@ _OUTPUT = (
 )
 
 
+_SIDES = "self.accelerator.tpu.topology.split('x')"
+_CHIPS = f"int({_SIDES}[0]) * int({_SIDES}[1]) * ({_SIDES}.size() > 2 ? int({_SIDES}[2]) : 1)"
+_IS_FLAT = f"{_SIDES}.size() == 2"
+# A host has 4 chips; slices of one host may have 1 or 8 as well.
+_FITS = f"self.nodes * 4 == {_CHIPS} || (self.nodes == 1 && {_IS_FLAT} && {_CHIPS} <= 8)"
+# string() and join() would make texts of unknown length, whose cost the API server estimates as boundless; format() does not.
+_HOSTS_TEXT = f"{_CHIPS} == 8 && {_IS_FLAT} ? '1 or 2' : '%d'.format([{_CHIPS} < 4 ? 1 : ({_CHIPS}) / 4])"
+_NODES = (
+    f"!has(self.nodes) || !has(self.accelerator) || !has(self.accelerator.tpu) || {_FITS}",
+    "nodes contradicts accelerator.tpu.topology",
+    (
+        "'nodes %s contradicts accelerator.tpu.topology, whose hosts are %s; remove nodes or correct it'"
+        f".format(['%d'.format([self.nodes]), {_HOSTS_TEXT}])"
+    ),
+)
+
+
+class ProfileReference(ApiModel):
+    """A FineTuneProfile."""
+
+    name: ObjectName
+    """name is the name of the FineTuneProfile."""
+
+
+class ManagedBy(StrEnum):
+    """Who acts on a FineTuneJob."""
+
+    OPERATOR = "finetune.dev/operator"
+    MULTIKUEUE = "kueue.x-k8s.io/multikueue"
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and how."""
 
-    model_config = ConfigDict(json_schema_extra=rules(_PROBE, _OUTPUT))
+    model_config = ConfigDict(json_schema_extra=rules(_PROBE, _OUTPUT, _NODES))
 
     task: Task
     """task is what the model learns: `image-classification` assigns one of several labels to a picture."""
@@ -384,6 +368,15 @@ class FineTuneJobSpec(ApiModel):
     """method says how the model is adapted."""
     hyperparameters: Hyperparameters = Hyperparameters()
     """hyperparameters override single training settings. None of them is needed."""
+    profile_ref: ProfileReference | None = None
+    """profileRef names the FineTuneProfile with the administrator's defaults and limits. Default: the default profile, if there
+    is one. A change takes effect with the next attempt."""
+    accelerator: Accelerator = Accelerator()
+    """accelerator is what each trainer pod computes on: one member, or none for CPU. The number of processes, the nodes and the
+    device's settings follow from it."""
+    nodes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """nodes is the number of trainer pods, which train one model together: they start, fail and go on as one. The model is the
+    same for any number. More than one need volumes that all nodes can mount. Default: 1, or the hosts of accelerator.tpu."""
     resources: Resources = Resources()
     """resources are what each trainer pod requests, and may not exceed."""
     budget: Budget = Budget()
@@ -394,6 +387,16 @@ class FineTuneJobSpec(ApiModel):
     """output is where the fine-tuned model goes."""
     suspend: bool = False
     """suspend, when true, deletes the pods of the job and keeps its progress. Set it to false to go on."""
+    managed_by: Annotated[
+        ManagedBy,
+        Field(
+            json_schema_extra=rules(
+                ("self == oldSelf", "managedBy cannot be changed; delete the FineTuneJob and create it again")
+            )
+        ),
+    ] = ManagedBy.OPERATOR
+    """managedBy says who acts on this object: this operator, or `kueue.x-k8s.io/multikueue`, which runs it in another cluster.
+    The operator does nothing at all with objects of others."""
     run_policy: RunPolicy = RunPolicy()
     """runPolicy says what happens around the training itself, such as retries."""
 
@@ -404,7 +407,17 @@ class FineTuneJobSpec(ApiModel):
             raise ValueError(_PROBE[1])
         if f"{self.output.uri}/".startswith(f"{self.dataset.uri}/"):
             raise ValueError(_OUTPUT[1])
+        if self.accelerator.tpu and self.nodes is not None and self.nodes not in self.accelerator.tpu.hosts:
+            hosts = " or ".join(str(number) for number in self.accelerator.tpu.hosts)
+            raise ValueError(
+                f"nodes {self.nodes} contradicts accelerator.tpu.topology, whose hosts are {hosts}; remove nodes or correct it"
+            )
         return self
+
+    @property
+    def num_nodes(self) -> int:
+        """Return the number of trainer pods: as given, else the fewest that the accelerator allows."""
+        return self.nodes or (self.accelerator.tpu.hosts[0] if self.accelerator.tpu else 1)
 
 
 class ConditionStatus(StrEnum):
@@ -540,6 +553,30 @@ class Restart(ApiModel):
     """lostSeconds is the running time since the last checkpoint, which has to be spent again."""
 
 
+class Usage(ApiModel):
+    """What the attempts of a run that have ended have used. A new run begins with nothing."""
+
+    accelerator_seconds: Annotated[int, Field(ge=0)] = 0
+    """acceleratorSeconds is the number of accelerators times the seconds that their trainers ran. Of a CPU job, its pods
+    count."""
+    wasted_accelerator_seconds: Annotated[int, Field(ge=0)] = 0
+    """wastedAcceleratorSeconds is the part of it that lay after the last checkpoint of attempts that ended early."""
+    cost: (
+        Annotated[
+            str, StringConstraints(max_length=32), AfterValidator(_COST.validate), Field(json_schema_extra=_COST.build_rule())
+        ]
+        | None
+    ) = None
+    """cost is the accelerator seconds of each attempt times the price that its profile had when it began, as a decimal number in
+    the currency of that price. Attempts without a price cost nothing."""
+    accelerators: Annotated[int, Field(ge=1)] = 1
+    """accelerators is the number of accelerators of the current attempt, over all its pods; of a CPU job, the number of pods."""
+    accelerator_kind: AcceleratorKind = AcceleratorKind.CPU
+    """acceleratorKind is the kind of the current attempt's accelerators."""
+    price_per_accelerator_hour: Price | None = None
+    """pricePerAcceleratorHour is the price of the current attempt's profile when it began."""
+
+
 class FineTuneJobStatus(ApiModel):
     """What the operator observed. Written by the operator alone."""
 
@@ -570,6 +607,11 @@ class FineTuneJobStatus(ApiModel):
     """microBatchDivisor is into how many parts the trainer splits each batch: doubled whenever it ran out of memory."""
     pod_shape: ShortText | None = None
     """podShape is a hash of what the pods of the current attempt request."""
+    training_seconds: Annotated[int, Field(ge=1)] | None = None
+    """trainingSeconds is the budget that the run began with: that of the spec, else that of the profile. The run keeps it, as
+    another one would make its checkpoints worthless."""
+    usage: Usage | None = None
+    """usage is what the attempts of this run have used that have ended. A new run begins with nothing."""
     checkpoint: CheckpointStatus | None = None
     """checkpoint is the newest saved state, which the next attempt goes on from."""
     conditions: Annotated[
@@ -614,5 +656,15 @@ class FineTuneJob(ApiModel):
     """status is what the operator observed."""
 
 
-StateReason = Literal["Pending", "Retrying", "Running", "Suspending", "Suspended", "Complete", "Failed", "InvalidSpec"]
+StateReason = Literal[
+    "Queued",
+    "Pending",
+    "Retrying",
+    "Running",
+    "Suspending",
+    "Suspended",
+    "Complete",
+    "Failed",
+    "InvalidSpec",
+]
 """Reasons of Ready that name no problem of a pod; a pending job shows its problem's own reason instead."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from finetune_operator import handlers
 from finetune_operator.audit import Auditor
-from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resource
+from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.controller import Controller
 from finetune_operator.errors import OperatorError, StartError
 from finetune_operator.health import Health, HealthServer
@@ -115,8 +115,7 @@ class Operator:
 
     def _receive(self, kind: Kind, raw: RawObject, is_deleted: bool) -> None:  # noqa: FBT001  the shape that kopf's events have
         self._metrics.count(WATCH_EVENTS, resource=kind.value)
-        key = self._store.observe(kind, raw, is_deleted=is_deleted)
-        if key is not None:
+        for key in self._store.observe(kind, raw, is_deleted=is_deleted):
             self._queue.add(key, is_urgent=kind is Kind.FINETUNEJOB and is_unanswered(raw))
 
     async def _audit(self) -> None:
@@ -174,7 +173,7 @@ async def run(settings: Settings) -> None:
     )
     cluster = await Cluster.connect(client, metrics=metrics)
     try:
-        await check_custom_resource(cluster, namespace=next(iter(settings.namespaces), None))
+        await check_custom_resources(cluster, namespaces=settings.namespaces)
         await Operator(settings, cluster, metrics=metrics).run()
     finally:
         await cluster.close()

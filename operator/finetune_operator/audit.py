@@ -51,7 +51,7 @@ class Auditor:
         self._lister = lister
         self._store = store
         self._enqueue = enqueue
-        self._namespaces: tuple[str | None, ...] = namespaces or (None,)
+        self._namespaces = namespaces
         self._interval_seconds = interval_seconds
         self._metrics = metrics
         self._clock = clock
@@ -108,7 +108,8 @@ class Auditor:
 
     async def _list(self) -> dict[Kind, list[Listing]]:
         return {
-            kind: [await self._lister.list_versions(kind, namespace=namespace) for namespace in self._namespaces] for kind in Kind
+            kind: [await self._lister.list_versions(kind, namespace=each) for each in kind.list_scopes(self._namespaces)]
+            for kind in Kind
         }
 
     def _purge(self, kind: Kind, listings: list[Listing]) -> int:
@@ -117,10 +118,12 @@ class Auditor:
         # What is newer than the list was created after it.
         version = min(listing.version for listing in listings)
         gone = [uid for uid, seen in self._store.versions(kind).items() if uid not in existing and seen <= version]
-        for owner in self._store.purge(kind, gone):
-            self._metrics.count(AUDIT_PURGES, resource=kind.value)
-            logger.warning("missed the deletion of one of the %s of %s/%s", kind.value, *owner)
-            self._enqueue(owner)
+        if gone:
+            self._metrics.count(AUDIT_PURGES, len(gone), resource=kind.value)
+            logger.warning("missed the deletion of %d of the %s", len(gone), kind.value)
+        for key in self._store.purge(kind, gone):
+            logger.warning("missed a deletion among the %s of %s/%s", kind.value, *key)
+            self._enqueue(key)
         return len(gone)
 
     def _find_lagging(self, listings: Mapping[Kind, list[Listing]]) -> Versions:

@@ -22,7 +22,7 @@ from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import kube_config
 
-from finetune_operator.errors import ApiError, NotFoundError, StartError, UnauthorizedError, build_api_error
+from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError, build_api_error
 from finetune_operator.metrics import API_REQUESTS, Metrics, classify_code
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion
@@ -41,7 +41,17 @@ _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 _JSON = "application/json"
 
-_PREFIXES = {Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}", Kind.JOB: "/apis/batch/v1", Kind.POD: "/api/v1"}
+_PREFIXES = {
+    Kind.FINETUNEJOB: f"/apis/{names.API_VERSION}",
+    Kind.JOB: "/apis/batch/v1",
+    Kind.POD: "/api/v1",
+    Kind.FINETUNEPROFILE: f"/apis/{names.API_VERSION}",
+}
+_CHILDREN = {
+    ("batch/v1", "Job"): ("/apis/batch/v1", "jobs"),
+    ("v1", "Service"): ("/api/v1", "services"),
+    ("resource.k8s.io/v1", "ResourceClaimTemplate"): ("/apis/resource.k8s.io/v1", "resourceclaimtemplates"),
+}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
@@ -92,11 +102,23 @@ class Cluster:
             await stale.close()
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
-        """Create or change a child by server-side apply, and return it."""
+        """Create a child by server-side apply, and return it.
+
+        It is not forced: where another manager, such as a queue, has changed the child, this raises ConflictError, so the
+        operator never takes back what others decided.
+        """
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        path = f"{_path(Kind.JOB, namespace)}/{name}"
-        query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
-        return await self._request("patch", path, resource="jobs", query=query, body=manifest, content_type=_APPLY)
+        prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
+        path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
+        query = {"fieldManager": names.FIELD_MANAGER}
+        try:
+            return await self._request("patch", path, resource=plural, query=query, body=manifest, content_type=_APPLY)
+        except NotFoundError as error:
+            # An apply creates what is not there, so either the namespace is missing or the whole kind.
+            if "namespaces" in error.message:
+                raise
+            message = f"the cluster does not serve {manifest['kind']} of {manifest['apiVersion']}"
+            raise RefusedError(message, status=error.status, reason=error.reason) from error
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object. What the status lacks is removed.
@@ -132,11 +154,11 @@ class Cluster:
     async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
         """Return what exists of a kind, by metadata alone and in chunks."""
         objects: dict[str, tuple[Key, int]] = {}
-        query = {"limit": str(_CHUNK)} | ({} if kind is Kind.FINETUNEJOB else {"labelSelector": SELECTOR})
+        query = {"limit": str(_CHUNK)} | ({} if kind.is_ours else {"labelSelector": SELECTOR})
         while True:
             chunk = await self._request("list", _path(kind, namespace), resource=kind.value, query=query, accept=_METADATA_ONLY)
             for each in (item["metadata"] for item in chunk.get("items") or ()):
-                objects[each["uid"]] = (each["namespace"], each["name"]), int(each["resourceVersion"])
+                objects[each["uid"]] = (each.get("namespace", ""), each["name"]), int(each["resourceVersion"])
             if not (token := chunk["metadata"].get("continue")):
                 return Listing(version=int(chunk["metadata"]["resourceVersion"]), objects=objects)
             query = query | {"continue": token}
@@ -263,15 +285,18 @@ class Answer:
         raise build_api_error(self.status, reason=parsed.get("reason") or "Unknown", message=parsed.get("message") or "")
 
 
-async def check_custom_resource(cluster: Cluster, *, namespace: str | None) -> None:
-    """Raise StartError unless the API server knows FineTuneJobs and lets us list them."""
-    try:
-        await cluster.list_versions(Kind.FINETUNEJOB, namespace=namespace)
-    except NotFoundError as error:
-        crd = f"{names.PLURAL}.{names.GROUP}"
-        raise StartError(f"the CustomResourceDefinition {crd} is not installed; apply crds/ or the Helm chart") from error
-    except UnauthorizedError as error:
-        raise StartError(f"the API server at {cluster.server} does not accept the credentials: {error}") from error
+async def check_custom_resources(cluster: Cluster, *, namespaces: tuple[str, ...]) -> None:
+    """Raise StartError unless the API server knows our custom resources and lets us list them."""
+    for kind in (each for each in Kind if each.is_ours):
+        crd = f"{kind.value}.{names.GROUP}"
+        try:
+            await cluster.list_versions(kind, namespace=kind.list_scopes(namespaces)[0])
+        except NotFoundError as error:
+            raise StartError(f"the CustomResourceDefinition {crd} is not installed; apply crds/ or the Helm chart") from error
+        except RefusedError as error:
+            raise StartError(f"the operator may not list {crd}; the Helm chart has the roles for it: {error}") from error
+        except UnauthorizedError as error:
+            raise StartError(f"the API server at {cluster.server} does not accept the credentials: {error}") from error
 
 
 async def _load_configuration(settings: ClientSettings) -> Configuration:

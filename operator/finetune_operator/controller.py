@@ -22,12 +22,14 @@ from finetune_operator.views import Key, Kind, RawObject
 
 logger = logging.getLogger(__name__)
 
+_JOB = "Job"
+
 
 class ClusterWriter(Protocol):
     """The requests that carry out a decision."""
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
-        """Create or change a child Job, and return it."""
+        """Create a child, and return it, or raise ConflictError when another manager has changed it."""
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object."""
@@ -112,11 +114,14 @@ class Controller:
         if not await self._is_clear(job, outcome):
             self._queue.retry(key)
             return "requeue"
-        try:
-            await self._apply(job, outcome)
-        except RefusedError as error:
-            await self._report_refusal(job, observed, outcome, error=error)
-            return "refused"
+        for manifest in outcome.apply:
+            try:
+                await self._apply(job, manifest)
+            except RefusedError as error:
+                await self._report_refusal(job, observed, manifest, error=error)
+                return "refused"
+            except ConflictError as error:
+                return await self._settle_conflict(job, observed, manifest, error=error)
         await self._conclude(job, outcome)
         self._queue.forget(key)
         if outcome.inspect is not None:
@@ -143,7 +148,7 @@ class Controller:
             if await self._exists((job.namespace, name)):
                 logger.info("waiting for Job %s/%s to be gone", job.namespace, name)
                 return False
-        for manifest in outcome.apply:
+        for manifest in _list_jobs(outcome):
             found = self._store.children.find((job.namespace, manifest["metadata"]["name"]))
             # Left behind by a deleted FineTuneJob of the same name: the garbage collector is about to remove it.
             if found is not None and found.owner_uid != job.uid and await self._exists(found.key):
@@ -161,10 +166,20 @@ class Controller:
             return False
         return True
 
-    async def _apply(self, job: JobView, outcome: Outcome) -> None:
-        for manifest in outcome.apply:
-            self._store.observe(Kind.JOB, await self._cluster.apply_child(manifest))
-            logger.info("applied Job %s/%s", job.namespace, manifest["metadata"]["name"])
+    async def _apply(self, job: JobView, manifest: RawObject) -> None:
+        answer = await self._cluster.apply_child(manifest)
+        if manifest["kind"] == _JOB:
+            self._store.observe(Kind.JOB, answer)
+        logger.info("applied %s %s/%s", manifest["kind"], job.namespace, manifest["metadata"]["name"])
+
+    async def _settle_conflict(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ConflictError) -> str:
+        """Look at the job anew when its child is there already, as another manager has changed; else tell the user."""
+        if manifest["kind"] != _JOB:
+            await self._report_refusal(job, observed, manifest, error=error)
+            return "refused"
+        await self._exists((job.namespace, manifest["metadata"]["name"]))
+        self._queue.retry(job.key)
+        return "requeue"
 
     async def _conclude(self, job: JobView, outcome: Outcome) -> None:
         """Write the status if it changed, then record the events: they tell of what is written."""
@@ -194,11 +209,13 @@ class Controller:
         except NotFoundError:
             self._store.purge(Kind.FINETUNEJOB, (job.uid,))
 
-    async def _report_refusal(self, job: JobView, observed: Observed, outcome: Outcome, *, error: RefusedError) -> None:
+    async def _report_refusal(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ApiError) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
-        child = outcome.apply[0]["metadata"]["name"]
-        logger.warning("the API server refuses Job %s/%s: %s", job.namespace, child, error)
-        refused = refuse(job, observed, child=child, message=error.message, now=self._clock(), settings=self._settings)
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        logger.warning("the API server refuses %s %s/%s: %s", kind, job.namespace, name, error)
+        refused = refuse(
+            job, observed, subject=f"{kind} {name}", message=error.message, now=self._clock(), settings=self._settings
+        )
         await self._conclude(job, refused)
         self._queue.retry(job.key)
 
@@ -212,3 +229,7 @@ class Controller:
         message = found[-1] if found else None
         self._store.put_refusal(job.key, PodRefusal(child_uid=child.uid, checked_at=self._clock(), message=message))
         self._queue.add(job.key)
+
+
+def _list_jobs(outcome: Outcome) -> list[RawObject]:
+    return [manifest for manifest in outcome.apply if manifest["kind"] == _JOB]

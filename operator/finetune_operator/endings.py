@@ -9,6 +9,7 @@ from finetune_api.v1alpha1 import Failure, FailureAction, FineTuneJobStatus, Tra
 from finetune_operator.observed import ChildView, PodView
 from finetune_operator.outcome import EventNote, EventType
 from finetune_operator.policies.failure import Verdict
+from finetune_operator.policies.gang import Gang, find_hindrance
 from finetune_operator.policies.progress import describe_metric, parse_termination_message
 from finetune_operator.policies.retry import record_restart
 from finetune_operator.policies.usage import end_running
@@ -26,11 +27,11 @@ def find_published(pod: PodView | None) -> TrainerReport | None:
     return report if report and report.output else None
 
 
-def complete(context: Context, *, pod: PodView | None, report: TrainerReport, ended_at: datetime | None) -> Step:
+def complete(context: Context, *, gang: Gang, report: TrainerReport, ended_at: datetime | None) -> Step:
     """End a run whose model is published."""
     assert report.output is not None
-    finished_at = (pod.finished_at if pod else None) or ended_at or context.now
-    status, _ = end_running(context.status, pod, now=finished_at)
+    finished_at = gang.finished_at or ended_at or context.now
+    status, _ = end_running(context.status, gang, now=finished_at, is_complete=True)
     metrics = report.result.metrics if report.result else ()
     trainer_status = TrainerStatus(
         progress_percentage=100,
@@ -44,18 +45,17 @@ def complete(context: Context, *, pod: PodView | None, report: TrainerReport, en
         "output": report.output,
         "result": report.result,
         "failure": None,
-        "lost_seconds": context.status.lost_seconds,
         "completion_time": finished_at,
     }
     state = State(phase=Phase.COMPLETE, message=f"the model is in {report.output.uri}")
     return Step(state=state, status=status.model_copy(update=update))
 
 
-def fail(context: Context, current: ChildView, *, verdict: Verdict, pod: PodView | None) -> Step:
+def fail(context: Context, current: ChildView, *, verdict: Verdict, gang: Gang) -> Step:
     """End an attempt: with a retry, which is only recorded here, or with the run."""
     failure = verdict.failure
-    finished_at = (pod.finished_at if pod else None) or current.finished_at or context.now
-    status, lost_seconds = end_running(context.status, pod, now=finished_at)
+    finished_at = gang.finished_at or current.finished_at or context.now
+    status, lost_seconds = end_running(context.status, gang, now=finished_at)
     status = without_estimate(status).model_copy(update={"failure": failure})
     is_counted = verdict.action is FailureAction.RETRY
     limit = context.spec.run_policy.backoff_limit
@@ -63,7 +63,14 @@ def fail(context: Context, current: ChildView, *, verdict: Verdict, pod: PodView
         return _end_run(status, failure, reason=failure.reason, why="a retry cannot mend this", at=finished_at)
     if is_counted and status.restarts_counted_towards_limit >= limit:
         return _end_run(status, failure, reason=BACKOFF_LIMIT, why=f"backoffLimit {limit} is reached", at=finished_at)
-    status = record_restart(status, failure, is_counted=is_counted, ended_at=finished_at, lost_seconds=lost_seconds)
+    status = record_restart(
+        status,
+        attempt=failure.attempt,
+        reason=failure.reason,
+        is_counted=is_counted,
+        ended_at=finished_at,
+        lost_seconds=lost_seconds,
+    )
     return Step(state=explain_retry(status, failure), status=status, events=(_note(failure, action="Retry"),), requeue_after=0)
 
 
@@ -99,10 +106,11 @@ def fail_active_deadline(context: Context, *, reason: str) -> Step:
 def fail_start_deadline(context: Context, step: Step, *, reason: str) -> Step:
     """End a run whose attempt did not start in time. Its children are deleted when this is written."""
     attempt = max(context.status.attempt, context.current.attempt if context.current else 0)
-    status = without_estimate(context.status)
+    gang = context.find_gang(attempt)
+    status = without_estimate(end_running(context.status, gang, now=context.now)[0])
     seconds = context.spec.run_policy.start_deadline_seconds
     cause = step.state.problem or "TrainerNotStarted"
-    pod = context.find_pod(attempt)
+    pod = find_hindrance(gang)
     message = f"{cause}: {step.state.message}"
     suffix = f" (startDeadlineSeconds {seconds} is over)"
     failure = Failure(

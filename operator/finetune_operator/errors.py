@@ -5,7 +5,7 @@ OperatorError
     DeafWatchError      a watch misses changes that the API server has: the process must begin anew
     ApiError            the API server answered with an error, or not at all
         NotFoundError       404
-        ConflictError       409
+        ConflictError       409: the object is not what was seen, or another manager owns a field
         RefusedError        400, 403, 422, a webhook that does not answer: refused again until somebody changes something
         UnauthorizedError   401 after the credentials were loaded again
 """

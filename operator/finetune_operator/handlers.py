@@ -16,11 +16,13 @@ from finetune_operator.views import Kind, RawObject
 
 # Takes in the kind, the object, and whether it was deleted.
 Receive = Callable[[Kind, RawObject, bool], None]
+CleanUp = Callable[[], Awaitable[None]]
 
 _RESOURCES = {
     Kind.FINETUNEJOB: (names.GROUP, names.VERSION, names.PLURAL),
     Kind.JOB: ("batch", "v1", "jobs"),
     Kind.POD: ("", "v1", "pods"),
+    Kind.FINETUNEPROFILE: (names.GROUP, names.VERSION, names.PROFILE_PLURAL),
 }
 
 # kopf asks again at once, for as long as the API server refuses what it was given.
@@ -28,12 +30,7 @@ _LOGIN_SECONDS = 2
 
 
 async def watch(
-    cluster: Cluster,
-    *,
-    namespaces: tuple[str, ...],
-    receive: Receive,
-    stop: asyncio.Event,
-    clean_up: Callable[[], Awaitable[None]],
+    cluster: Cluster, *, namespaces: tuple[str, ...], receive: Receive, stop: asyncio.Event, clean_up: CleanUp
 ) -> None:
     """Watch all kinds until `stop` is set or a signal arrives; clean_up runs when the watches have ended."""
     registry = kopf.OperatorRegistry()
@@ -76,8 +73,8 @@ def _register(kind: Kind, *, registry: kopf.OperatorRegistry, receive: Receive) 
 
 def name_watchers(namespaces: tuple[str, ...]) -> frozenset[str]:
     """Return the names that kopf gives to its watcher tasks: they must all be alive."""
-    resources = (f"{plural}.{version}.{group}".strip(".") for group, version, plural in _RESOURCES.values())
-    return frozenset(f"watcher for {resource}@{namespace}" for resource in resources for namespace in namespaces or (None,))
+    resources = {kind: f"{plural}.{version}.{group}".strip(".") for kind, (group, version, plural) in _RESOURCES.items()}
+    return frozenset(f"watcher for {resources[kind]}@{each}" for kind in _RESOURCES for each in kind.list_scopes(namespaces))
 
 
 class EndlessBackoffs:

@@ -2,17 +2,27 @@
 
 from datetime import datetime
 
-from finetune_api.v1alpha1 import FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJobStatus, Usage
 
-from finetune_operator.metrics import END_SECONDS, ENDS, LOST_SECONDS, RETRIES, START_SECONDS, Metrics
+from finetune_operator.metrics import (
+    ACCELERATOR_SECONDS,
+    END_SECONDS,
+    ENDS,
+    LOST_SECONDS,
+    RETRIES,
+    START_SECONDS,
+    WASTED_ACCELERATOR_SECONDS,
+    Metrics,
+)
 from finetune_operator.observed import JobView
-from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
+from finetune_operator.policies.failure import MEMORY_REASONS, is_disruption
 
 
 def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, created_at: datetime | None) -> None:
     """Add what has changed with a status write."""
     if status.run == job.status.run:
         _measure_restart(metrics, job.status, status)
+        _measure_usage(metrics, job.status, status)
     # After a change of the spec, the time since the creation means nothing.
     if created_at is None or job.generation != 1:
         return
@@ -25,14 +35,28 @@ def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, create
 
 def _measure_restart(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
     failure = new.failure if new.failure != old.failure else None
-    cause = _find_cause(failure.reason) if failure else "stop"
-    if failure is not None and new.restarts > old.restarts:
+    if new.restarts > old.restarts:
+        cause = _find_cause(new.restart_history[-1].reason)
         metrics.count(RETRIES, cause=cause)
+    else:
+        cause = _find_cause(failure.reason) if failure else "stop"
     if (lost := new.lost_seconds - old.lost_seconds) > 0:
         metrics.count(LOST_SECONDS, lost, cause=cause)
 
 
+def _measure_usage(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
+    """Count what an attempt has used that ended with this write, which may already begin the next one."""
+    before, after = old.usage or Usage(), new.usage or Usage()
+    kind = (before if old.running_since else after).accelerator_kind.value
+    for definition, seconds in (
+        (ACCELERATOR_SECONDS, after.accelerator_seconds - before.accelerator_seconds),
+        (WASTED_ACCELERATOR_SECONDS, after.wasted_accelerator_seconds - before.wasted_accelerator_seconds),
+    ):
+        if seconds > 0:
+            metrics.count(definition, seconds, kind=kind)
+
+
 def _find_cause(reason: str) -> str:
-    if reason == OUT_OF_MEMORY:
+    if reason in MEMORY_REASONS:
         return "oom"
     return "disruption" if is_disruption(reason) else "error"

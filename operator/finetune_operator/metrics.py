@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, get_args
 
+from finetune_api.profile import AcceleratorKind
 from finetune_api.v1alpha1 import StateReason
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -18,7 +19,10 @@ OTHER = "Other"
 STATES = (*get_args(StateReason), OTHER)
 RESULTS = ("success", "requeue", "refused", "error")
 VERBS = ("get", "list", "create", "patch", "delete")
-RESOURCES = ("finetunejobs", "finetunejobs/status", "jobs", "pods", "events", "tokenreviews")
+RESOURCES = (
+    "finetunejobs", "finetunejobs/status", "finetuneprofiles", "jobs", "pods", "services", "resourceclaimtemplates", "events",
+    "tokenreviews",
+)  # fmt: skip
 CODES = ("2xx", "4xx", "5xx", "none")
 REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "malformed", "invalid", "throttled", "error")
 EVENTS = ("created", "repeated", "dropped", "error")
@@ -26,6 +30,7 @@ AUDITS = ("clean", "repaired", "deaf", "error")
 ENDS = ("Complete", "Failed")
 CAUSES = ("disruption", "oom", "error", "stop")
 KINDS = tuple(kind.value for kind in Kind)
+ACCELERATORS = tuple(kind.value for kind in AcceleratorKind)
 
 _WORK_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _START_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 10_800, 43_200, 86_400)
@@ -79,7 +84,8 @@ API_REQUESTS = Definition(
 RETRIES = Definition(
     type="counter",
     name="finetune_job_retries_total",
-    help="Number of failed attempts that were followed by a retry, by cause: disruptions do not count towards backoffLimit.",
+    help="Number of attempts that ended early and were followed by a retry, by cause: disruptions, evictions by a queue among "
+    "them, do not count towards backoffLimit.",
     labels={"cause": CAUSES[:-1]},
 )
 LOST_SECONDS = Definition(
@@ -88,6 +94,20 @@ LOST_SECONDS = Definition(
     help="Running time between the last checkpoint of an attempt and its early end, by cause, where stop is a suspension, a "
     "replacement or a deletion of its Job.",
     labels={"cause": CAUSES},
+)
+ACCELERATOR_SECONDS = Definition(
+    type="counter",
+    name="finetune_accelerator_seconds_total",
+    help="Number of accelerators (of CPU jobs: pods) times the seconds that their trainers ran, added when an attempt ends, by "
+    "kind of accelerator. An attempt that a new run replaced is not in it.",
+    labels={"kind": ACCELERATORS},
+)
+WASTED_ACCELERATOR_SECONDS = Definition(
+    type="counter",
+    name="finetune_wasted_accelerator_seconds_total",
+    help="The part of the accelerator seconds that lay after the last checkpoint of attempts that ended early, by kind of "
+    "accelerator.",
+    labels={"kind": ACCELERATORS},
 )
 START_SECONDS = Definition(
     type="histogram",
@@ -134,8 +154,9 @@ AUDIT_PURGES = Definition(
 )
 
 DEFINITIONS = (
-    JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, LOST_SECONDS, START_SECONDS,
-    END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS, EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
+    JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, LOST_SECONDS,
+    ACCELERATOR_SECONDS, WASTED_ACCELERATOR_SECONDS, START_SECONDS, END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS,
+    EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
 )  # fmt: skip
 
 

@@ -1,11 +1,16 @@
 """All that one reconcile may know, as immutable views of what the cluster showed."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from finetune_api import names
 from finetune_api.contract import TrainerReport
+from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+
+from finetune_operator.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +26,36 @@ class JobView:
     spec: FineTuneJobSpec | None
     spec_error: str | None
     status: FineTuneJobStatus
+    queue_labels: Mapping[str, str] = field(default_factory=dict)
+    """The labels for the queue that is to admit the job's attempts."""
+    topology: Mapping[str, str] = field(default_factory=dict)
+    """The annotations that tell a queue how close the pods must be."""
+
+    @property
+    def queue(self) -> str | None:
+        """Return the queue that is to admit the attempts, or None if they need no admission."""
+        return self.queue_labels.get(names.LABEL_QUEUE)
+
+    @property
+    def queue_request(self) -> str:
+        """Return queue and priority as one text, by which a change of them is seen; empty without a queue."""
+        return "/".join(self.queue_labels[label] for label in sorted(self.queue_labels, reverse=True)) if self.queue else ""
 
     @property
     def key(self) -> tuple[str, str]:
         """Return namespace and name."""
         return self.namespace, self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileView:
+    """A FineTuneProfile: its parsed spec, or the reason why it cannot be parsed."""
+
+    name: str
+    generation: int
+    is_default: bool
+    spec: FineTuneProfileSpec | None
+    spec_error: str | None = None
 
 
 class ChildState(StrEnum):
@@ -52,6 +82,17 @@ class ChildView:
     message: str
     created_at: datetime
     finished_at: datetime | None
+    nodes: int = 1
+    """Number of pods, which are all needed at once."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    suspended: bool = False
+    """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
+    suspended_at: datetime | None = None
+    """Since when the Job controller has it stopped, if it does."""
+    queue: str | None = None
+    """The queue that it is in, which may be one that the cluster's administrator chose."""
+    queue_request: str = ""
+    """The queue and the priority that it was created for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +106,19 @@ class PodView:
     """Name of the child Job."""
     run: str
     attempt: int
+    index: int = 0
+    """Number of the pod within its attempt; the trainer of the first one reports and publishes."""
+    created_at: datetime | None = None
     phase: str
     node: str | None
     deleting: bool
     deletion_due: datetime | None = None
     """When the pod must have stopped at the latest, if it is being deleted: the grace period is over then."""
+    deleted_at: datetime | None = None
+    """When somebody asked for its deletion."""
     image: str
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the pod's node must have."""
     scheduled: bool
     unscheduled_reason: str | None
     unscheduled_message: str | None
@@ -89,6 +137,7 @@ class PodView:
     disruption_reason: str | None = None
     """Reason of the condition DisruptionTarget: who ended the pod for a cause that is not its own."""
     disruption_message: str | None = None
+    disrupted_at: datetime | None = None
 
     @property
     def is_ended(self) -> bool:
@@ -126,10 +175,5 @@ class Observed:
     """Pods that are gone, as they were seen last: how an attempt ended may be known from them alone."""
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
-
-    def find_pod(self, *, run: str, attempt: int) -> PodView | None:
-        """Return the pod that speaks for an attempt: the one that ended, else one that is there, the newest of them."""
-        found = [(pod.exit_code is not None, True, not pod.deleting, pod.name, pod) for pod in self.pods]
-        found += [(pod.exit_code is not None, False, not pod.deleting, pod.name, pod) for pod in self.former_pods]
-        mine = [each for each in found if (each[-1].run, each[-1].attempt) == (run, attempt)]
-        return max(mine, key=lambda each: each[:-1])[-1] if mine else None
+    profiles: tuple[ProfileView, ...] = ()
+    """All FineTuneProfiles of the cluster."""

@@ -8,23 +8,23 @@ builds on it.
 from dataclasses import replace
 from datetime import datetime
 
-from finetune_api import names
 from finetune_api.conditions import find_condition
 from finetune_api.contract import compute_pod_shape
 from finetune_api.v1alpha1 import Condition, Failure
 
+from finetune_operator.admission import account_for_eviction, wait_for_admission
+from finetune_operator.beginning import start_attempt
 from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
-from finetune_operator.manifests.job import build_job
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodView
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
 from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
 from finetune_operator.policies.failure import classify_failure
-from finetune_operator.policies.pending import explain_pending
-from finetune_operator.policies.progress import describe_metric, find_report, merge_trainer_status
+from finetune_operator.policies.gang import Gang, find_root
+from finetune_operator.policies.progress import describe_metric, find_last_word, find_report, merge_trainer_status
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.policies.retry import compute_retry_time
-from finetune_operator.policies.usage import begin_running, end_running
+from finetune_operator.policies.usage import begin_attempt, begin_running, end_running
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, build_context, without_estimate
@@ -33,6 +33,7 @@ from finetune_operator.waiting import (
     explain_overdue,
     find_overdue,
     keep_state,
+    wait_for_end,
     wait_for_pods,
     wait_for_removal,
     wait_for_start,
@@ -53,11 +54,11 @@ def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: Trai
     return conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
 
 
-def refuse(job: JobView, observed: Observed, *, child: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
+def refuse(job: JobView, observed: Observed, *, subject: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
     """Return what is to be done about a job whose child the API server refuses to create, for example because of a quota."""
     assert job.spec is not None, "an unreadable spec has no child"
     context = build_context(job, job.spec, observed, now=now, settings=settings)
-    problem, text = explain_refusal(message, subject=f"Job {child}")
+    problem, text = explain_refusal(message, subject=subject)
     state = State(phase=Phase.PENDING, problem=problem, message=text, scheduled=False)
     return conclude(job, _limit_start(context, Step(state=state, status=context.status)), now=now, settings=settings)
 
@@ -78,7 +79,12 @@ def _attend(context: Context) -> Step:
     current = context.current
     if current is None or current.attempt < context.status.attempt:
         return _go_on(context)
-    context = context.update(attempt=current.attempt, pod_shape=current.pod_shape)
+    if current.attempt > context.status.attempt and context.status.running_since is not None:
+        # The operator was killed before it wrote that the attempt before this one is over.
+        gang = context.find_gang(context.status.attempt)
+        context = replace(context, status=end_running(context.status, gang, now=current.created_at)[0])
+    status = begin_attempt(context.status, attempt=current.attempt, pod_shape=current.pod_shape, snapshot=current.snapshot)
+    context = replace(context, status=status)
     if current.deleting:
         return _wait_for_deletion(context, current)
     if current.state is ChildState.ACTIVE:
@@ -87,31 +93,69 @@ def _attend(context: Context) -> Step:
 
 
 def _watch(context: Context, current: ChildView) -> Step:
-    """Decide on an attempt that is under way."""
-    pod = context.find_pod(current.attempt)
-    if pod is not None and pod.is_ended:
-        return Step(state=keep_state(context, current), status=context.status)
-    if pod is not None:
-        context = replace(context, status=begin_running(context.status, pod))
+    """Decide on an attempt that is under way, or that its queue holds."""
+    gang = context.find_gang(current.attempt)
+    if current.suspended and (report := find_published(gang.leader)):
+        return complete(context, gang=gang, report=report, ended_at=None)
+    context, events = account_for_eviction(context, current)
+    step = _hold(context, current) if current.suspended else _follow(context, current)
+    return replace(step, events=(*events, *step.events))
+
+
+def _hold(context: Context, current: ChildView) -> Step:
+    """Decide on an attempt that its queue has not admitted, or has evicted."""
+    if stopping := _stop(context, current):
+        return stopping
+    if any(pod.exit_code == 0 for pod in context.find_gang(current.attempt).pods) and not context.busy_pods:
+        # The Job controller would run the others without it, and they need all.
+        return wait_for_removal(context, (current,), message="the Job is being replaced, as a part of its pods has completed")
+    if context.job.queue_request != current.queue_request and not context.busy_pods:
+        return wait_for_removal(context, (current,), message="the Job is being replaced, as the queue or the priority changed")
+    overdue, seconds = find_overdue(context)
+    if overdue is not None:
+        return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
+    return wait_for_admission(context, current).wake(seconds)
+
+
+def _stop(context: Context, current: ChildView) -> Step | None:
+    """Have an attempt stopped, if the user or a deadline wants that."""
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     if context.spec.suspend:
         return wait_for_removal(context, (current,), message="the pods are being stopped")
-    if current.pod_shape != compute_pod_shape(context.spec.resources):
-        return wait_for_removal(context, (current,), message="the pods are being replaced, as spec.resources changed")
+    if current.pod_shape != compute_pod_shape(context.spec):
+        return wait_for_removal(
+            context,
+            (current,),
+            message="the pods are being replaced, as spec.resources, accelerator, nodes or profileRef changed",
+        )
+    return None
+
+
+def _follow(context: Context, current: ChildView) -> Step:
+    """Decide on an attempt that may have its pods."""
+    gang = context.find_gang(current.attempt)
+    if gang.has_ended(current.nodes):
+        return wait_for_end(context, current)
+    context = replace(context, status=begin_running(context.status, gang))
+    if stopping := _stop(context, current):
+        return stopping
     overdue, seconds = find_overdue(context)
     if overdue is not None:
         return Step(state=explain_overdue(overdue), status=without_estimate(context.status))
-    if pod is None or pod.phase == "Pending" or pod.started_at is None:
-        return wait_for_start(context, current, pod=pod).wake(seconds)
-    return _run(context, current, pod=pod).wake(seconds)
+    if not gang.is_complete(current.nodes):
+        return wait_for_start(context, current, gang=gang).wake(seconds)
+    return _run(context, current, gang=gang).wake(seconds)
 
 
-def _run(context: Context, current: ChildView, *, pod: PodView) -> Step:
-    """Show the progress of a running trainer."""
+def _run(context: Context, current: ChildView, *, gang: Gang) -> Step:
+    """Show the progress of running trainers."""
     trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
     metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
-    state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in pod {pod.name} on node {pod.node}")
+    pod = gang.running[0]
+    where = f"pod {pod.name} on node {pod.node}"
+    pods = where if current.nodes == 1 else f"{current.nodes} pods, the first of them is {where}"
+    state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in {pods}")
     step = Step(state=state, status=context.update(trainer_status=trainer_status, metric=metric).status)
     return step.wake(compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
 
@@ -121,26 +165,28 @@ def _settle(context: Context, current: ChildView) -> Step:
     failure = context.status.failure
     if failure and failure.attempt == current.attempt:
         return _go_on(context)
-    pod = context.find_pod(current.attempt)
-    report = find_report(context.observed, current, pod=pod)
-    is_published = current.state is ChildState.COMPLETE or find_published(pod) is not None
+    gang = context.find_gang(current.attempt)
+    report = find_report(context.observed, current, pod=gang.leader)
+    is_published = current.state is ChildState.COMPLETE or find_published(gang.leader) is not None
     if is_published and report and report.output:
-        return complete(context, pod=pod, report=report, ended_at=current.finished_at)
-    if (waiting := compute_evidence_delay(context, current, pod=pod)) > 0:
+        return complete(context, gang=gang, report=report, ended_at=current.finished_at)
+    if (waiting := compute_evidence_delay(context, current, gang=gang)) > 0:
         return Step(state=keep_state(context, current), status=context.status, requeue_after=waiting)
-    return fail(context, current, verdict=classify_failure(current, pod, report=report, spec=context.spec), pod=pod)
+    root = find_root(gang)
+    words = report if root is gang.leader else find_last_word(root)
+    return fail(context, current, verdict=classify_failure(current, root, report=words, spec=context.spec), gang=gang)
 
 
 def _go_on(context: Context) -> Step:
     """Decide on the next attempt, when none is under way: all that must be true before it begins."""
     if context.status.running_since is not None:
         # The attempt left no failure: it was stopped, or somebody deleted its Job.
-        pod = context.find_pod(context.status.attempt)
-        if report := find_published(pod):
-            return complete(context, pod=pod, report=report, ended_at=None)
+        gang = context.find_gang(context.status.attempt)
+        if report := find_published(gang.leader):
+            return complete(context, gang=gang, report=report, ended_at=None)
         if context.busy_pods:
             return wait_for_pods(context)
-        context = replace(context, status=end_running(context.status, pod, now=context.now)[0])
+        context = replace(context, status=end_running(context.status, gang, now=context.now)[0])
     if _is_active_deadline_over(context):
         return fail_active_deadline(context, reason=DEADLINE)
     if context.busy_pods:
@@ -150,7 +196,7 @@ def _go_on(context: Context) -> Step:
     failure = context.status.failure
     if failure and failure.attempt == context.status.attempt:
         return _retry(context, failure)
-    return _start_attempt(context)
+    return start_attempt(context)
 
 
 def _retry(context: Context, failure: Failure) -> Step:
@@ -159,35 +205,15 @@ def _retry(context: Context, failure: Failure) -> Step:
     due = compute_retry_time(context.status, base_seconds=settings.retry_base_seconds, limit_seconds=settings.retry_limit_seconds)
     seconds = (due - context.now).total_seconds() if due else 0.0
     if seconds <= 0:
-        return _start_attempt(context)
+        return start_attempt(context)
     return Step(state=explain_retry(context.status, failure), status=context.status, requeue_after=seconds)
-
-
-def _start_attempt(context: Context) -> Step:
-    attempt = context.status.attempt + 1
-    previous = names.child_name(context.job.name, context.run, context.status.attempt)
-    kept = {child.name for child in context.attempts}
-    manifest = build_job(
-        context.job,
-        context.spec,
-        attempt=attempt,
-        micro_batch_divisor=context.status.micro_batch_divisor,
-        settings=context.settings,
-    )
-    shape = compute_pod_shape(context.spec.resources)
-    return Step(
-        state=explain_pending(None, spec=context.spec),
-        status=without_estimate(context.update(attempt=attempt, pod_shape=shape).status),
-        absent=(previous,) if context.status.attempt and previous not in kept else (),
-        apply=(manifest,),
-    )
 
 
 def _stay_failed(context: Context) -> Step:
     """Keep a failed run as it is, unless the user gave it other resources, or more time when that was the cause."""
     ended = find_condition(context.status.conditions, Phase.FAILED.value)
     shape = context.status.pod_shape or (context.current.pod_shape if context.current else None)
-    has_new_shape = shape is not None and shape != compute_pod_shape(context.spec.resources)
+    has_new_shape = shape is not None and shape != compute_pod_shape(context.spec)
     has_time = compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now) != 0
     if context.spec.suspend or not has_time:
         return _stay(context, Phase.FAILED)
@@ -205,7 +231,9 @@ def _revive(context: Context) -> Step:
         return _attend(revived)
     if context.busy_pods or any(child.state is ChildState.ACTIVE for child in context.attempts):
         return _stay(context, Phase.FAILED)
-    return _start_attempt(revived)
+    step = start_attempt(revived)
+    # Without an attempt of its own, the revived run must not take the last one for one that has just failed.
+    return step if step.apply else replace(step, status=step.status.model_copy(update={"failure": context.status.failure}))
 
 
 def _stay(context: Context, phase: Phase) -> Step:
@@ -214,11 +242,14 @@ def _stay(context: Context, phase: Phase) -> Step:
     problem = ended.reason if phase is Phase.FAILED else None
     left = compute_ttl_seconds(context.spec.run_policy, context.status, now=context.now)
     step = Step(state=State(phase=phase, problem=problem, message=ended.message), status=context.status)
-    # What did not start in time holds quota and accelerators for as long as it exists.
-    removed = context.attempts if left == 0 else tuple(each for each in context.attempts if each.state is ChildState.ACTIVE)
-    if left == 0 or problem == START_DEADLINE:
-        return replace(step, delete=tuple(child for child in removed if not child.deleting))
-    return step.wake(left if context.attempts else None)
+    # What did not start in time holds quota and accelerators for as long as it exists, and a queue may admit what it holds.
+    removed = tuple(
+        each
+        for each in context.attempts
+        if left == 0 or (each.state is ChildState.ACTIVE and (each.suspended or problem == START_DEADLINE))
+    )
+    step = replace(step, delete=tuple(child for child in removed if not child.deleting))
+    return step.wake(left if left and context.attempts else None)
 
 
 def _suspended(context: Context) -> Step:
@@ -234,11 +265,10 @@ def _stop_at_deadline(context: Context, current: ChildView) -> Step:
 
 def _wait_for_deletion(context: Context, current: ChildView) -> Step:
     """Wait for the pods of an attempt that is being deleted; a model that it still publishes counts."""
-    pod = context.find_pod(current.attempt)
-    if report := find_published(pod):
-        return complete(context, pod=pod, report=report, ended_at=current.finished_at)
-    if pod is not None:
-        context = replace(context, status=begin_running(context.status, pod))
+    gang = context.find_gang(current.attempt)
+    if report := find_published(gang.leader):
+        return complete(context, gang=gang, report=report, ended_at=current.finished_at)
+    context = replace(context, status=begin_running(context.status, gang))
     if _is_active_deadline_over(context):
         return _stop_at_deadline(context, current)
     return wait_for_removal(context, (current,), message="the pods of the previous attempt are being stopped")

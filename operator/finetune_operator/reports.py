@@ -103,12 +103,15 @@ class ReportReceiver:
         if not reviewed.username.startswith(f"system:serviceaccount:{namespace}:") or reviewed.pod is None:
             raise _forbidden(f"the token does not belong to a pod in namespace {namespace}")
         job = self._store.jobs.find(key)
-        if job is None:
-            message = f"there is no FineTuneJob {namespace}/{name}"
+        if job is None or not job.content.is_ours:
+            message = f"there is no FineTuneJob {namespace}/{name} of this operator"
             raise ReportError(HTTPStatus.NOT_FOUND, message, result="not_found", reason="NotFound")
         pod = self._store.pods.find((namespace, reviewed.pod))
         if pod is None or pod.uid != reviewed.pod_uid or pod.owner != key or pod.owner_uid != job.uid:
             raise _forbidden(f"the token's pod does not belong to FineTuneJob {namespace}/{name}")
+        if pod.content.index != 0:
+            # All trainers of an attempt have the same to tell, and the first one alone publishes.
+            raise _forbidden("the reports of an attempt come from its first pod, the one with index 0")
         return pod
 
     async def _review(self, token: str) -> Reviewed:

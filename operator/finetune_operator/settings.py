@@ -1,5 +1,6 @@
 """Settings of the operator: the only reader of the environment."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Annotated, Literal
 
 from finetune_api import names
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from finetune_operator.accelerator_classes import AcceleratorClasses
 
 _PREFIX = "FINETUNE_"
 
@@ -22,6 +25,9 @@ class Settings(BaseModel):
     """When the kubelet pulls that image."""
     trainer_termination_grace_seconds: Annotated[int, Field(ge=1)] = 60
     """How long a trainer may take to save and leave after SIGTERM."""
+
+    accelerators: Annotated[AcceleratorClasses, Field(default_factory=dict)]
+    """Accelerator classes by name, as a JSON object: docs/accelerators/add-a-class.md. None leaves the CPU."""
 
     namespaces: tuple[str, ...] = ()
     """Namespaces to watch, separated by commas. None means all of them."""
@@ -68,6 +74,16 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = "text"
     """Format of the log."""
 
+    @field_validator("accelerators", mode="before")
+    @classmethod
+    def _parse_json(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"this is no JSON: {error}") from error
+
     @field_validator("namespaces", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
@@ -85,6 +101,7 @@ class TrainerSettings(BaseModel):
     report_url: str
     report_ca: str
     """The CA certificate itself (PEM)."""
+    accelerators: Annotated[AcceleratorClasses, Field(default_factory=dict)]
     retry_base_seconds: float = 10
     retry_limit_seconds: float = 360
     progress_seconds: float = 10
@@ -106,6 +123,7 @@ def load_trainer_settings(settings: Settings) -> TrainerSettings:
         termination_grace_seconds=settings.trainer_termination_grace_seconds,
         report_url=settings.report_url.rstrip("/"),
         report_ca=settings.report_ca_file.read_text(encoding="ascii"),
+        accelerators=settings.accelerators,
         retry_base_seconds=settings.retry_base_seconds,
         retry_limit_seconds=settings.retry_limit_seconds,
         progress_seconds=settings.progress_seconds,

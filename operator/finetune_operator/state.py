@@ -16,6 +16,7 @@ from finetune_api.v1alpha1 import Condition
 class Phase(StrEnum):
     """What a FineTuneJob is doing, for our own decisions; users see conditions."""
 
+    QUEUED = "Queued"
     PENDING = "Pending"
     RETRYING = "Retrying"
     RUNNING = "Running"
@@ -42,7 +43,7 @@ class State:
     @property
     def reason(self) -> str:
         """Return the reason of Ready: the STATE column. A pending job shows its problem, as `kubectl get pods` does."""
-        return self.problem if self.phase is Phase.PENDING and self.problem else self.phase.value
+        return self.problem if self.phase in (Phase.PENDING, Phase.INVALID) and self.problem else self.phase.value
 
 
 def build_conditions(previous: Sequence[Condition], state: State, *, generation: int, now: datetime) -> tuple[Condition, ...]:

@@ -10,6 +10,7 @@ from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 
 from finetune_operator.observed import ChildView, JobView, Observed, PodView
 from finetune_operator.outcome import EventNote
+from finetune_operator.policies.gang import Gang, build_gang
 from finetune_operator.policies.progress import find_newest_checkpoint
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State
@@ -63,9 +64,9 @@ class Context:
         """Return the context with fields of its status changed."""
         return replace(self, status=self.status.model_copy(update=fields))
 
-    def find_pod(self, attempt: int) -> PodView | None:
-        """Return the pod that speaks for an attempt of this run."""
-        return self.observed.find_pod(run=self.run, attempt=attempt)
+    def find_gang(self, attempt: int) -> Gang:
+        """Return the pods of an attempt of this run."""
+        return build_gang(self.observed, run=self.run, attempt=attempt)
 
     def has_ended(self, phase: Phase) -> bool:
         """Return whether this run has ended in this way."""

@@ -8,7 +8,8 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal, PodView, ProfileView, ReceivedReport
+from finetune_operator.policies.profile import find_default
 from finetune_operator.views import (
     JobContent,
     Key,
@@ -19,6 +20,7 @@ from finetune_operator.views import (
     project_child,
     project_job,
     project_pod,
+    project_profile,
 )
 
 V = TypeVar("V")
@@ -27,7 +29,8 @@ V = TypeVar("V")
 _MAX_TOMBSTONES = 16_384
 # Last views of deleted pods, by FineTuneJob. One that is forgotten costs a less exact cause of a failure.
 _MAX_FORMER = 1024
-_MAX_FORMER_PODS = 4
+_MAX_FIRST = 4
+_MAX_FORMER_PODS = 16
 
 
 class Table(Generic[V]):
@@ -80,7 +83,10 @@ class FormerPods:
         """Keep the view of a deleted pod in place of those of other attempts."""
         kept = self._records.pop(record.owner, ())
         kept = tuple(each for each in kept if each.content.child == record.content.child and each.uid != record.uid)
-        self._records[record.owner] = (*kept, record)[-_MAX_FORMER_PODS:]
+        # The first pod knows the checkpoint; of the others, those that went first are likely to know the cause.
+        first = [each for each in (*kept, record) if each.content.index == 0][-_MAX_FIRST:]
+        others = [each for each in (*kept, record) if each.content.index != 0][:_MAX_FORMER_PODS]
+        self._records[record.owner] = (*first, *others)
         while len(self._records) > _MAX_FORMER:
             self._records.popitem(last=False)
 
@@ -90,37 +96,41 @@ class FormerPods:
 
 
 class Store:
-    """All that was seen of FineTuneJobs, their Jobs, their pods and the reports of those."""
+    """All that was seen of FineTuneJobs, their Jobs, their pods, the reports of those, and FineTuneProfiles."""
 
     def __init__(self) -> None:
         self.jobs: Table[JobContent] = Table()
         self.children: Table[ChildView] = Table()
         self.pods: Table[PodView] = Table()
-        self._tables: dict[Kind, Table[Any]] = {Kind.FINETUNEJOB: self.jobs, Kind.JOB: self.children, Kind.POD: self.pods}
+        self.profiles: Table[ProfileView] = Table()
+        self._tables: dict[Kind, Table[Any]] = {
+            Kind.FINETUNEJOB: self.jobs,
+            Kind.JOB: self.children,
+            Kind.POD: self.pods,
+            Kind.FINETUNEPROFILE: self.profiles,
+        }
         self._former_pods = FormerPods()
         self._reports: dict[Key, ReceivedReport] = {}
         self._refusals: dict[Key, PodRefusal] = {}
         self._states: Counter[str] = Counter()
         self._tombstones: OrderedDict[str, int] = OrderedDict()
 
-    def observe(self, kind: Kind, raw: RawObject, *, is_deleted: bool = False) -> Key | None:
-        """Take in an object as the API server showed it; return the key of its FineTuneJob, if it belongs to one."""
+    def observe(self, kind: Kind, raw: RawObject, *, is_deleted: bool = False) -> tuple[Key, ...]:
+        """Take in an object as the API server showed it; return the keys of the FineTuneJobs that it concerns."""
         record = _PROJECTIONS[kind](raw)
         if record is None:
-            return None
-        previous = self._tables[kind].find(record.key)
-        if is_deleted:
-            if kind is Kind.POD:
-                self._former_pods.put(record)
-            self._remove(kind, record.uid, key=record.key, version=record.version)
-        elif not self._is_outdated(record, previous=previous):
-            self._put(kind, record)
-        return record.owner
+            return ()
+        if kind is not Kind.FINETUNEPROFILE:
+            self._take_in(kind, record, is_deleted=is_deleted)
+            return (record.owner,)
+        before = self._find_default()
+        is_change = self._take_in(kind, record, is_deleted=is_deleted)
+        return self._list_users(record.name, before=before) if is_change else ()
 
     def read(self, key: Key) -> tuple[JobView, Observed] | None:
-        """Return the FineTuneJob and all that belongs to it, or None if it is not there."""
+        """Return the FineTuneJob and all that belongs to it, or None if it is not there or another manager's."""
         record = self.jobs.find(key)
-        if record is None:
+        if record is None or not record.content.is_ours:
             return None
         # An earlier FineTuneJob of the same name may have left children that the garbage collector has not removed yet.
         observed = Observed(
@@ -129,6 +139,7 @@ class Store:
             former_pods=self._former_pods.find(key, owner_uid=record.uid),
             report=self._reports.get(key),
             refusal=self._refusals.get(key),
+            profiles=tuple(each.content for each in self.profiles),
         )
         return build_job_view(record), observed
 
@@ -143,8 +154,8 @@ class Store:
             self._refusals[key] = refusal
 
     def list_keys(self) -> list[Key]:
-        """Return the keys of all FineTuneJobs."""
-        return [record.key for record in self.jobs]
+        """Return the keys of all FineTuneJobs that are not another manager's."""
+        return [record.key for record in self.jobs if record.content.is_ours]
 
     def versions(self, kind: Kind) -> dict[str, int]:
         """Return the resourceVersion of every object of a kind by its uid."""
@@ -156,18 +167,47 @@ class Store:
         return uid in self._tombstones or (record is not None and record.uid == uid and record.version >= version)
 
     def purge(self, kind: Kind, uids: Iterable[str]) -> list[Key]:
-        """Remove objects whose deletion was missed; return the keys of their FineTuneJobs."""
+        """Remove objects whose deletion was missed; return the keys of the FineTuneJobs that this concerns."""
         gone = frozenset(uids)
         records = [record for record in self._tables[kind] if record.uid in gone]
+        default = self._find_default()
         for record in records:
             if kind is Kind.POD:
                 self._former_pods.put(record)
             self._remove(kind, record.uid, key=record.key, version=record.version + 1)
+        if kind is Kind.FINETUNEPROFILE:
+            return [key for record in records for key in self._list_users(record.name, before=default)]
         return [record.owner for record in records]
 
     def count_states(self) -> dict[str, int]:
         """Return the number of FineTuneJobs by the reason of their Ready condition."""
         return dict(self._states)
+
+    def _find_default(self) -> str | None:
+        profile = find_default(record.content for record in self.profiles)
+        return profile.name if profile else None
+
+    def _list_users(self, profile: str, *, before: str | None) -> tuple[Key, ...]:
+        """Return the FineTuneJobs with this profile, those included for which it is, or was before, the default."""
+        after = self._find_default()
+        users = {profile, None} if before != after or profile == after else {profile}
+        return tuple(record.key for record in self.jobs if record.content.is_ours and record.content.profile in users)
+
+    def _take_in(self, kind: Kind, record: Record[Any], *, is_deleted: bool) -> bool:
+        """Put or remove a record; return whether it tells anything new."""
+        previous = self._tables[kind].find(record.key)
+        if is_deleted:
+            if kind is Kind.POD:
+                self._former_pods.put(record)
+            self._remove(kind, record.uid, key=record.key, version=record.version)
+            return previous is not None
+        if self._is_outdated(record, previous=previous):
+            return False
+        if kind is Kind.JOB and previous is not None and previous.content.suspended and not record.content.suspended:
+            # The attempt is admitted: what its pods before an eviction were says nothing about those that come.
+            self._former_pods.drop(record.owner)
+        self._put(kind, record)
+        return True
 
     def _put(self, kind: Kind, record: Record[Any]) -> None:
         if kind is Kind.FINETUNEJOB:
@@ -197,7 +237,7 @@ class Store:
 
     def _count(self, key: Key, change: int) -> None:
         record = self.jobs.find(key)
-        if record is not None:
+        if record is not None and record.content.is_ours:
             self._states[record.content.state] += change
 
 
@@ -205,4 +245,5 @@ _PROJECTIONS: Mapping[Kind, Callable[[RawObject], Record[Any] | None]] = {
     Kind.FINETUNEJOB: project_job,
     Kind.JOB: project_child,
     Kind.POD: project_pod,
+    Kind.FINETUNEPROFILE: project_profile,
 }

@@ -4,22 +4,25 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from finetune_api import names
-from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
-from pydantic import ValidationError
+from finetune_api.profile import FineTuneProfileSpec
+from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus, ManagedBy
+from pydantic import BaseModel, ValidationError
 
-from finetune_operator.observed import ChildState, ChildView, JobView, PodView
+from finetune_operator.observed import ChildState, ChildView, JobView, PodView, ProfileView
+from finetune_operator.snapshot import parse_snapshot
 
 Key = tuple[str, str]
-"""Namespace and name."""
+"""Namespace and name; the namespace of a cluster-scoped object is empty."""
 RawObject = Mapping[str, Any]
 """An object as the API server sends it."""
 
 Content = TypeVar("Content")
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 class Kind(StrEnum):
@@ -28,6 +31,16 @@ class Kind(StrEnum):
     FINETUNEJOB = names.PLURAL
     JOB = "jobs"
     POD = "pods"
+    FINETUNEPROFILE = names.PROFILE_PLURAL
+
+    @property
+    def is_ours(self) -> bool:
+        """Return whether it is one of our custom resources, all of whose objects count, whatever their labels."""
+        return self in (Kind.FINETUNEJOB, Kind.FINETUNEPROFILE)
+
+    def list_scopes(self, namespaces: tuple[str, ...]) -> tuple[str | None, ...]:
+        """Return the namespaces to look into when only these are watched; None is the whole cluster."""
+        return (None,) if self is Kind.FINETUNEPROFILE else namespaces or (None,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +74,12 @@ class JobContent:
     """Reason of the Ready condition."""
     spec: bytes
     status: bytes
+    profile: str | None
+    """Name of the profile that the spec names."""
+    queue_labels: Mapping[str, str]
+    topology: Mapping[str, str]
+    is_ours: bool
+    """Whether spec.managedBy leaves the object to this operator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +102,34 @@ class Reviewed:
 
 def project_job(raw: RawObject) -> Record[JobContent]:
     """Return the record of a FineTuneJob."""
-    metadata = raw["metadata"]
-    status = raw.get("status") or {}
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     ready = _find_condition(status, "Ready")
     content = JobContent(
         generation=metadata.get("generation", 0),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         deleting="deletionTimestamp" in metadata,
         state=ready.get("reason", ""),
-        spec=_dump(raw.get("spec") or {}),
+        spec=_dump(spec),
         status=_dump(status),
+        profile=(spec.get("profileRef") or {}).get("name"),
+        queue_labels={label: labels[label] for label in (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY) if labels.get(label)},
+        topology={name: value for name, value in annotations.items() if name.startswith(names.ANNOTATION_PREFIX_TOPOLOGY)},
+        is_ours=spec.get("managedBy", ManagedBy.OPERATOR) == ManagedBy.OPERATOR,
+    )
+    return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
+
+
+def project_profile(raw: RawObject) -> Record[ProfileView]:
+    """Return the record of a FineTuneProfile; one that cannot be parsed is still the default if it says so."""
+    metadata, fields = raw["metadata"], raw.get("spec") or {}
+    spec, error = _parse_spec(FineTuneProfileSpec, _dump(fields))
+    content = ProfileView(
+        name=metadata["name"],
+        generation=metadata.get("generation", 0),
+        is_default=fields.get("isDefault") is True,
+        spec=spec,
+        spec_error=error,
     )
     return _build_record(metadata, owner=metadata["name"], owner_uid=metadata["uid"], content=content)
 
@@ -108,15 +145,16 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
-    status = raw.get("status") or {}
+    spec, status = raw.get("spec") or {}, raw.get("status") or {}
     state, condition = _find_end(status)
+    stopped = _find_condition(status, "Suspended")
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
     content = ChildView(
         name=metadata["name"],
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
         run=labels.get(names.LABEL_RUN, ""),
-        attempt=_parse_attempt(labels),
+        attempt=_parse_number(labels, names.LABEL_ATTEMPT),
         pod_shape=labels.get(names.LABEL_POD_SHAPE, ""),
         deleting="deletionTimestamp" in metadata,
         state=state,
@@ -124,6 +162,12 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         message=condition.get("message", ""),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
+        nodes=spec.get("completions") or 1,
+        suspended=bool(spec.get("suspend")),
+        suspended_at=_parse_time(stopped.get("lastTransitionTime")) if stopped.get("status") == "True" else None,
+        queue=labels.get(names.LABEL_QUEUE) or None,
+        queue_request=(metadata.get("annotations") or {}).get(names.ANNOTATION_QUEUE, ""),
+        snapshot=parse_snapshot(metadata.get("annotations") or {}),
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
@@ -146,12 +190,16 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         resource_version=metadata["resourceVersion"],
         child=_find_controller(metadata),
         run=labels.get(names.LABEL_RUN, ""),
-        attempt=_parse_attempt(labels),
+        attempt=_parse_number(labels, names.LABEL_ATTEMPT),
+        index=_parse_number(labels, names.LABEL_INDEX),
+        created_at=_parse_time(metadata.get("creationTimestamp")),
         phase=status.get("phase", ""),
         node=spec.get("nodeName"),
         deleting="deletionTimestamp" in metadata,
         deletion_due=_parse_time(metadata.get("deletionTimestamp")),
+        deleted_at=_find_deletion(metadata),
         image=_find_container(spec.get("containers")).get("image", ""),
+        node_selector=spec.get("nodeSelector") or {},
         scheduled=placement.get("status") == "True",
         unscheduled_reason=_parse_reason(placement.get("reason")) if is_unscheduled else None,
         unscheduled_message=placement.get("message") if is_unscheduled else None,
@@ -166,13 +214,14 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         pod_message=status.get("message"),
         disruption_reason=(disruption.get("reason") or "DisruptionTarget") if is_disrupted else None,
         disruption_message=disruption.get("message") if is_disrupted else None,
+        disrupted_at=_parse_time(disruption.get("lastTransitionTime")) if is_disrupted else None,
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
 
 def build_job_view(record: Record[JobContent]) -> JobView:
     """Return the view of a FineTuneJob, with its spec parsed or the reason why it cannot be."""
-    spec, error = _parse_spec(record.content.spec)
+    spec, error = _parse_spec(FineTuneJobSpec, record.content.spec)
     return JobView(
         namespace=record.namespace,
         name=record.name,
@@ -183,12 +232,14 @@ def build_job_view(record: Record[JobContent]) -> JobView:
         spec=spec,
         spec_error=error,
         status=_parse_status(record.content.status),
+        queue_labels=record.content.queue_labels,
+        topology=record.content.topology,
     )
 
 
-def _parse_spec(spec: bytes) -> tuple[FineTuneJobSpec | None, str | None]:
+def _parse_spec(model: type[Spec], spec: bytes) -> tuple[Spec | None, str | None]:
     try:
-        return FineTuneJobSpec.model_validate_json(spec), None
+        return model.model_validate_json(spec), None
     except ValidationError as error:
         return None, "; ".join(_describe(each["loc"], each["msg"]) for each in error.errors(include_url=False))
 
@@ -206,7 +257,7 @@ def _parse_status(status: bytes) -> FineTuneJobStatus:
 
 
 def _build_record(metadata: RawObject, *, owner: str, owner_uid: str, content: Content) -> Record[Content]:
-    namespace = metadata["namespace"]
+    namespace = metadata.get("namespace", "")
     return Record(
         namespace=namespace,
         name=metadata["name"],
@@ -242,9 +293,15 @@ def _list_controllers(metadata: RawObject) -> Iterator[str]:
     return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
 
 
-def _parse_attempt(labels: Mapping[str, str]) -> int:
-    attempt = labels.get(names.LABEL_ATTEMPT, "")
-    return int(attempt) if attempt.isdecimal() else 0
+def _find_deletion(metadata: RawObject) -> datetime | None:
+    """Return when a deletion was asked for: the deletionTimestamp is when its grace period is over."""
+    due = _parse_time(metadata.get("deletionTimestamp"))
+    return due - timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0) if due else None
+
+
+def _parse_number(labels: Mapping[str, str], label: str) -> int:
+    number = labels.get(label, "")
+    return int(number) if number.isdecimal() else 0
 
 
 def _parse_reason(value: str | None) -> str | None:

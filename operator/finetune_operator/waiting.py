@@ -7,6 +7,7 @@ from finetune_api.conditions import find_condition
 
 from finetune_operator.observed import ChildView, PodView
 from finetune_operator.policies.failure import NODE_LOST
+from finetune_operator.policies.gang import Gang, has_cause
 from finetune_operator.policies.pending import explain_pending
 from finetune_operator.state import Phase, State
 from finetune_operator.steps import Context, Step, without_estimate
@@ -16,15 +17,17 @@ _OVERDUE_SECONDS = 10
 # The Job controller creates a pod within a second, or an event that tells why it cannot.
 _INSPECT_SECONDS = 2
 _INSPECT_LIMIT_SECONDS = 60
+_MAX_NAMED = 3
 
 
-def wait_for_start(context: Context, current: ChildView, *, pod: PodView | None) -> Step:
-    """Tell what an attempt waits for; without a pod, the events of its Job may know."""
+def wait_for_start(context: Context, current: ChildView, *, gang: Gang) -> Step:
+    """Tell what an attempt waits for; while a pod is missing, the events of its Job may know."""
+    is_missing = len(gang.pods) < current.nodes
     found = context.observed.refusal
-    refusal = found if found and found.child_uid == current.uid and pod is None else None
-    state = explain_pending(pod, spec=context.spec, refusal=refusal.message if refusal else None, child=current.name)
+    refusal = found if found and found.child_uid == current.uid and is_missing else None
+    state = explain_pending(gang, child=current, spec=context.spec, refusal=refusal.message if refusal else None)
     step = Step(state=state, status=without_estimate(context.status))
-    if pod is not None:
+    if not is_missing:
         return step
     # At 2, 4, 8, 16 ... seconds: the cause may change while a quota or a policy is being mended.
     checked_at = refusal.checked_at if refusal else current.created_at
@@ -49,8 +52,17 @@ def wait_for_removal(context: Context, children: tuple[ChildView, ...], *, messa
 
 def wait_for_pods(context: Context) -> Step:
     """Wait for pods whose Job is gone or has ended, as two trainers must never write to one folder."""
-    pods = ", ".join(pod.name for pod in context.busy_pods)
-    return wait_for_removal(context, (), message=f"the next attempt waits until pod {pods} has stopped")
+    pods = [pod.name for pod in context.busy_pods]
+    others = f" and {len(pods) - _MAX_NAMED} more" if len(pods) > _MAX_NAMED else ""
+    named = ", ".join(pods[:_MAX_NAMED]) + others
+    return wait_for_removal(context, (), message=f"the next attempt waits until pod {named} has stopped")
+
+
+def wait_for_end(context: Context, current: ChildView) -> Step:
+    """Wait until an attempt of which a trainer has ended shows how: the Job controller stops the other pods first."""
+    overdue, seconds = find_overdue(context)
+    state = keep_state(context, current) if overdue is None else explain_overdue(overdue)
+    return Step(state=state, status=context.status, requeue_after=seconds)
 
 
 def keep_state(context: Context, current: ChildView) -> State:
@@ -62,9 +74,10 @@ def keep_state(context: Context, current: ChildView) -> State:
     return State(phase=Phase.PENDING, message=message, scheduled=True, is_start=False)
 
 
-def compute_evidence_delay(context: Context, child: ChildView, *, pod: PodView | None) -> float:
-    """Return for how long the pod's last status may still be on its way."""
-    if pod is not None and pod.is_ended:
+def compute_evidence_delay(context: Context, child: ChildView, *, gang: Gang) -> float:
+    """Return for how long the last status of a pod that has the cause may still be on its way."""
+    ended = [pod for pod in gang.pods if pod.is_ended]
+    if len(ended) == len(gang.pods) and (len(ended) >= child.nodes or has_cause(gang)):
         return 0
     elapsed = (context.now - (child.finished_at or context.now)).total_seconds()
     return max(0.0, context.settings.evidence_seconds - elapsed)

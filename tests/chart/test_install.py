@@ -121,6 +121,9 @@ def test_in_namespaced_mode_the_operator_may_do_nothing_elsewhere(release: Relea
     assert not may_create_jobs("default")
     assert release.may(user, "create", "tokenreviews", group="authentication.k8s.io")
     assert not release.may(user, "get", "secrets", namespace=release.namespace)
+    assert release.may(user, "list", "finetuneprofiles", group="finetune.dev")
+    assert release.may(user, "watch", "finetuneprofiles", group="finetune.dev")
+    assert not release.may(user, "patch", "finetuneprofiles", group="finetune.dev")
 
 
 def test_users_who_may_edit_may_edit_finetunejobs(release: Release) -> None:

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
 from finetune_api import names
-from finetune_api.crd import build_crd
+from finetune_api.crd import build_crds
 from finetune_operator.settings import Settings, load_settings
 
 Render = Callable[..., list[dict[str, Any]]]
@@ -31,10 +31,15 @@ _NAMESPACED_RULES = {
     ("finetune.dev", "finetunejobs/status"): ["patch"],
     ("finetune.dev", "finetunejobs/finalizers"): ["update"],
     ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
+    ("", "services"): ["create", "patch"],
+    ("resource.k8s.io", "resourceclaimtemplates"): ["create", "patch"],
     ("", "pods"): ["list", "watch"],
     ("events.k8s.io", "events"): ["list", "create", "patch"],
 }
-_CLUSTER_RULES = {("authentication.k8s.io", "tokenreviews"): ["create"]}
+_CLUSTER_RULES = {
+    ("authentication.k8s.io", "tokenreviews"): ["create"],
+    ("finetune.dev", "finetuneprofiles"): ["list", "watch"],
+}
 
 
 @pytest.mark.parametrize("mode", _MODES)
@@ -57,21 +62,21 @@ def _mask(text: str) -> str:
     return re.sub(r"(ca\.crt|tls\.crt|tls\.key|checksum/ca): [A-Za-z0-9+/=]{20,}", r"\1: MASKED", text)
 
 
-def test_the_crd_is_that_of_the_models(render: Render) -> None:
-    (crd,) = render(kind="CustomResourceDefinition")
+def test_the_crds_are_those_of_the_models(render: Render) -> None:
+    crds = render(kind="CustomResourceDefinition")
 
-    assert build_crd()["spec"] == crd["spec"]
-    assert {"helm.sh/resource-policy": "keep"} == crd["metadata"]["annotations"]
+    assert [crd["spec"] for crd in build_crds()] == [crd["spec"] for crd in crds]
+    assert [{"helm.sh/resource-policy": "keep"}] * 2 == [crd["metadata"]["annotations"] for crd in crds]
 
 
-def test_the_crd_can_be_left_to_others(render: Render) -> None:
+def test_the_crds_can_be_left_to_others(render: Render) -> None:
     assert [] == render({"crds": {"enabled": False}}, kind="CustomResourceDefinition")
 
 
-def test_the_crd_can_go_with_the_chart(render: Render) -> None:
-    (crd,) = render({"crds": {"keep": False}}, kind="CustomResourceDefinition")
+def test_the_crds_can_go_with_the_chart(render: Render) -> None:
+    crds = render({"crds": {"keep": False}}, kind="CustomResourceDefinition")
 
-    assert "annotations" not in crd["metadata"]
+    assert not any("annotations" in crd["metadata"] for crd in crds)
 
 
 def test_rights_for_the_whole_cluster_are_exactly_those_used(render: Render) -> None:
@@ -160,9 +165,20 @@ def test_the_environment_is_valid_settings(render: Render, mode: str) -> None:
 
 def test_the_defaults_are_those_of_the_settings(render: Render) -> None:
     settings = load_settings(_environment(render({})))
-    defaults = {name: field.default for name, field in Settings.model_fields.items() if not field.is_required()}
+    fields = {name: field for name, field in Settings.model_fields.items() if name != "accelerators"}
+    defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
 
     assert defaults == settings.model_dump(include=set(defaults))
+
+
+def test_accelerator_classes_of_the_values_reach_the_operator(render: Render) -> None:
+    npu = {"resource": "corp.test/npu", "device": "cpu", "backend": "gloo"}
+    changes = {"npu": npu, "amd": None, "neuron": {"processesPerAccelerator": 4}}
+    default, changed = (load_settings(_environment(render(values))) for values in ({}, {"accelerators": changes}))
+
+    assert set(default.accelerators) - {"amd"} | {"npu"} == set(changed.accelerators)
+    assert (2, 4) == tuple(each.accelerators["neuron"].processes_per_accelerator for each in (default, changed))
+    assert "{product}" == changed.accelerators["nvidia"].node_selector["nvidia.com/gpu.product"]
 
 
 def test_every_setting_but_addresses_is_set_by_the_chart(render: Render) -> None:

@@ -77,7 +77,270 @@ _PVC_REFUSES = (
 )
 _LONG = "pvc://data/" + "a" * 501
 
+_NAME_SAYS = "name must be that of a Kubernetes object: lower-case letters, digits, '-' and '.'"
+
+
+def _object_name(path: str, *, beside: Change | None = None) -> tuple[Constraint, ...]:
+    """Return the rows of a field that holds the name of a Kubernetes object, and of its parent that needs it."""
+    parent, _, name = path.rpartition(".")
+
+    def change(value: str | None) -> Change:
+        return {parent: (beside or {}) | ({} if value is None else {name: value})}
+
+    return (
+        Constraint(
+            path=parent, keyword="required", accepts=(change("a"),), refuses=(change(None),), says=f"{path}: Required value"
+        ),
+        Constraint(
+            path=path,
+            keyword="name must be",
+            accepts=(change("gold"), change("gpu.nvidia.com"), change("0")),
+            refuses=(change("Gold"), change("-gold"), change("my gold"), change("gold/a")),
+            says=_NAME_SAYS,
+        ),
+        Constraint(
+            path=path,
+            keyword="minLength",
+            accepts=(change("a"),),
+            refuses=(change(""),),
+            says="should be at least 1 chars long",
+        ),
+        Constraint(
+            path=path,
+            keyword="maxLength",
+            accepts=(change("a" * 253),),
+            refuses=(change("a" * 254),),
+            says="may not be more than 253",
+        ),
+    )
+
+
+def _count(path: str, high: int = 64, *, beside: Change | None = None) -> tuple[Constraint, ...]:
+    """Return the rows of a number of accelerators."""
+    parent, _, name = path.rpartition(".")
+
+    def change(value: int) -> Change:
+        return {parent: (beside or {}) | {name: value}}
+
+    return (
+        Constraint(
+            path=path,
+            keyword="minimum",
+            accepts=(change(1),),
+            refuses=(change(0), change(-1)),
+            says="greater than or equal to 1",
+        ),
+        Constraint(
+            path=path,
+            keyword="maximum",
+            accepts=(change(high),),
+            refuses=(change(high + 1),),
+            says=f"less than or equal to {high}",
+        ),
+    )
+
+
+def _product(path: str) -> tuple[Constraint, ...]:
+    """Return the rows of the name of a product."""
+    parent, _, name = path.rpartition(".")
+
+    def change(value: str) -> Change:
+        return {parent: {"count": 1, name: value}}
+
+    return (
+        Constraint(
+            path=path,
+            keyword="product must be",
+            accepts=(change("NVIDIA-H100-80GB-HBM3"), change("AMD_Instinct_MI300X_OAM"), change("a")),
+            refuses=(change(""), change("NVIDIA H100"), change("-H100"), change("H100/80GB")),
+            says="product must be the value of the node label that names the product",
+        ),
+        Constraint(
+            path=path,
+            keyword="maxLength",
+            accepts=(change("A" * 63),),
+            refuses=(change("A" * 64),),
+            says="may not be more than 63",
+        ),
+    )
+
+
+def _tpu(type: str | None, topology: str | None, **spec: Any) -> Change:
+    given = {"type": type, "topology": topology}
+    tpu = {"spec.accelerator.tpu": {key: value for key, value in given.items() if value is not None}}
+    return tpu | {f"spec.{key}": value for key, value in spec.items()}
+
+
+def _topologies(type: str, *, accepts: tuple[str, ...], refuses: tuple[str, ...], says: str) -> Constraint:
+    return Constraint(
+        path="spec.accelerator.tpu",
+        keyword=f"topology of type {type} must be",
+        accepts=tuple(_tpu(type, each) for each in accepts),
+        refuses=tuple(_tpu(type, each) for each in refuses),
+        says=f"topology of type {type} must be one of {says}",
+    )
+
+
+_FLAT_SAYS = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+_FLAT = tuple(_FLAT_SAYS.split(", "))
+_NOT_FLAT = ("2x1", "4x2", "8x4", "3x3", "16x32", "2x2x1")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "8x8x12")
+_NOT_CUBES = ("1x1", "2x2", "4x4", "1x1x1", "2x4x2", "2x2x8", "4x8x4", "4x4x6")
+_CUBE_SAYS = "2x2x1, 2x2x2, 2x2x4, 2x4x4, or AxBxC of multiples of 4 with A <= B <= C and at most {} chips"
+_MIG = "spec.accelerator.nvidia.mig"
+_V6E = "tpu-v6e-slice"
+_V4 = "tpu-v4-podslice"
+
+_ACCELERATORS = (
+    Constraint(
+        path="spec.accelerator",
+        keyword="accelerator has more than one",
+        accepts=(
+            {"spec.accelerator": {}},
+            {"spec.accelerator": {"nvidia": {"count": 1}}},
+            {"spec.accelerator": {"amd": {}}},
+            {"spec.accelerator": {"gaudi": {}}},
+            {"spec.accelerator": {"neuron": {"devices": 1}}},
+            {"spec.accelerator": {"custom": {"className": "npu"}}},
+        ),
+        refuses=(
+            {"spec.accelerator": {"nvidia": {"count": 1}, "amd": {"count": 1}}},
+            {"spec.accelerator": {"gaudi": {}, "custom": {"className": "npu"}}},
+            {"spec.accelerator": {"amd": {}, "deviceClass": {"name": "gpu.amd.com"}, "neuron": {"cores": 1}}},
+        ),
+        says="accelerator has more than one of nvidia, amd, gaudi, neuron, tpu, deviceClass, custom; give one, or none for CPU",
+    ),
+    Constraint(
+        path="spec.accelerator.nvidia",
+        keyword="give either count",
+        accepts=(
+            {"spec.accelerator.nvidia": {"count": 2, "product": "Tesla-T4"}},
+            {_MIG: {"profile": "1g.10gb"}},
+            {"spec.accelerator.nvidia": {"mig": {"profile": "1g.10gb"}, "product": "NVIDIA-H100-80GB-HBM3"}},
+        ),
+        refuses=(
+            {"spec.accelerator.nvidia": {}},
+            {"spec.accelerator.nvidia": {"product": "Tesla-T4"}},
+            {"spec.accelerator.nvidia": {"count": 1, "mig": {"profile": "1g.10gb"}}},
+        ),
+        says="give either count, the number of whole GPUs, or mig, slices of a GPU",
+    ),
+    *_count("spec.accelerator.nvidia.count"),
+    *_product("spec.accelerator.nvidia.product"),
+    Constraint(
+        path=_MIG,
+        keyword="required",
+        accepts=({_MIG: {"profile": "1g.10gb"}},),
+        refuses=({_MIG: {"count": 1}},),
+        says=f"{_MIG}.profile: Required value",
+    ),
+    *_count(f"{_MIG}.count", beside={"profile": "1g.10gb"}),
+    _field(
+        f"{_MIG}.profile",
+        "profile must be",
+        accepts=("1g.5gb", "1g.10gb", "1g.10gb.me", "7g.80gb", "3g.40gb", "2g.141gb"),
+        refuses=("", "1g", "10gb", "8g.80gb", "1g.10gb+me", "1c.1g.10gb", "1G.10GB", "mig-1g.10gb"),
+        says="profile must be a MIG profile as in the resource's name, such as 1g.10gb or 1g.10gb.me",
+    ),
+    _field(
+        f"{_MIG}.profile", "maxLength", accepts=("7g.141gb.me",), refuses=("7g.141gb.me.me.me",), says="may not be more than 16"
+    ),
+    *_count("spec.accelerator.amd.count"),
+    *_product("spec.accelerator.amd.product"),
+    *_count("spec.accelerator.gaudi.count"),
+    Constraint(
+        path="spec.accelerator.neuron",
+        keyword="give either devices",
+        accepts=({"spec.accelerator.neuron.devices": 1}, {"spec.accelerator.neuron.cores": 1}),
+        refuses=({"spec.accelerator.neuron": {}}, {"spec.accelerator.neuron": {"devices": 1, "cores": 2}}),
+        says="give either devices, whole Neuron devices, or cores, single NeuronCores",
+    ),
+    *_count("spec.accelerator.neuron.devices"),
+    *_count("spec.accelerator.neuron.cores", 256),
+    Constraint(
+        path="spec.accelerator.tpu",
+        keyword="required",
+        accepts=(_tpu(_V6E, "4x4"),),
+        refuses=(_tpu(_V6E, None), _tpu(None, "4x4")),
+        says="Required value",
+    ),
+    Constraint(
+        path="spec.accelerator.tpu.type",
+        keyword="enum",
+        accepts=(_tpu(_V6E, "4x4"), _tpu(_V4, "2x2x1")),
+        refuses=(_tpu("v6e", "4x4"), _tpu("tpu-v3-slice", "4x4"), _tpu("", "4x4")),
+        says='supported values: "tpu-v4-podslice", "tpu-v5-lite-podslice", "tpu-v5p-slice", "tpu-v6e-slice"',
+    ),
+    Constraint(
+        path="spec.accelerator.tpu.topology",
+        keyword="topology must be",
+        accepts=(_tpu(_V6E, "16x16"), _tpu("tpu-v5p-slice", "16x16x24")),
+        refuses=(_tpu(_V6E, ""), _tpu(_V6E, "4"), _tpu(_V6E, "4x"), _tpu(_V6E, "4x04"), _tpu(_V6E, "4X4"), _tpu(_V6E, "2x2x2x2")),
+        says="topology must be the sides of the slice, such as 2x4 or 2x2x4",
+    ),
+    Constraint(
+        path="spec.accelerator.tpu.topology",
+        keyword="maxLength",
+        accepts=(_tpu("tpu-v5p-slice", "16x16x24"),),
+        refuses=(_tpu("tpu-v5p-slice", "1000x100x100"),),
+        says="may not be more than 11",
+    ),
+    _topologies("tpu-v5-lite-podslice", accepts=_FLAT, refuses=_NOT_FLAT, says=_FLAT_SAYS),
+    _topologies(_V6E, accepts=_FLAT, refuses=_NOT_FLAT, says=_FLAT_SAYS),
+    _topologies(_V4, accepts=(*_CUBES, "16x16x16"), refuses=(*_NOT_CUBES, "16x16x20"), says=_CUBE_SAYS.format(4096)),
+    _topologies("tpu-v5p-slice", accepts=(*_CUBES, "16x16x24"), refuses=(*_NOT_CUBES, "16x16x28"), says=_CUBE_SAYS.format(6144)),
+    *_object_name("spec.accelerator.deviceClass.name"),
+    *_count("spec.accelerator.deviceClass.count", beside={"name": "gpu.nvidia.com"}),
+    *_object_name("spec.accelerator.custom.className"),
+    *_count("spec.accelerator.custom.count", beside={"className": "npu"}),
+)
+
+
+def _nodes(change: Change, says: str) -> Constraint:
+    """Return a row of hosts that contradict a topology; what is accepted has no accelerator, another one, or the right number."""
+    return Constraint(
+        path="spec",
+        keyword="nodes contradicts",
+        accepts=(
+            {"spec.nodes": 3},
+            {"spec.nodes": 3, "spec.accelerator.nvidia.count": 1},
+            _tpu(_V6E, "4x4"),
+            _tpu(_V6E, "1x1", nodes=1),
+            _tpu(_V6E, "2x4", nodes=1),
+            _tpu(_V6E, "2x4", nodes=2),
+            _tpu(_V6E, "4x4", nodes=4),
+            _tpu(_V4, "2x2x2", nodes=2),
+            _tpu(_V4, "8x8x8", nodes=128),
+        ),
+        refuses=(change,),
+        says=says,
+    )
+
+
+_SCALE = (
+    *_range("spec.nodes", 1, 1024),
+    _nodes(
+        _tpu(_V6E, "4x4", nodes=2), "nodes 2 contradicts accelerator.tpu.topology, whose hosts are 4; remove nodes or correct it"
+    ),
+    _nodes(_tpu(_V6E, "2x4", nodes=4), "nodes 4 contradicts accelerator.tpu.topology, whose hosts are 1 or 2; remove nodes"),
+    _nodes(_tpu(_V6E, "2x2", nodes=2), "nodes 2 contradicts accelerator.tpu.topology, whose hosts are 1; remove nodes"),
+    _nodes(_tpu(_V4, "2x2x2", nodes=1), "nodes 1 contradicts accelerator.tpu.topology, whose hosts are 2; remove nodes"),
+    *_object_name("spec.profileRef.name"),
+    _field(
+        "spec.managedBy",
+        "enum",
+        accepts=("finetune.dev/operator", "kueue.x-k8s.io/multikueue"),
+        refuses=("", "kueue", "finetune-operator"),
+        says='supported values: "finetune.dev/operator", "kueue.x-k8s.io/multikueue"',
+    ),
+)
+
+# Path and message of rules that compare an object with what it was.
+_TRANSITIONS = {("spec.managedBy", "managedBy cannot be changed; delete the FineTuneJob and create it again")}
+
 CONSTRAINTS = (
+    *_ACCELERATORS,
+    *_SCALE,
     Constraint(path="", keyword="required", accepts=({},), refuses=({"spec": None},), says="spec: Required value"),
     Constraint(
         path="",
@@ -453,8 +716,31 @@ def test_the_table_has_every_constraint_of_the_schema() -> None:
     in_schema = set(_list_constraints("", schema))
     in_table = {(each.path, _find_text(each, in_schema)) for each in CONSTRAINTS}
 
-    assert in_schema == in_table
+    assert in_schema == in_table | _TRANSITIONS
     assert all(constraint.accepts and constraint.refuses for constraint in CONSTRAINTS)
+
+
+@pytest.mark.apiserver
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param({}, {"managedBy": "kueue.x-k8s.io/multikueue"}, id="the default to another"),
+        pytest.param({"managedBy": "kueue.x-k8s.io/multikueue"}, {"managedBy": "finetune.dev/operator"}, id="another to ours"),
+        pytest.param({"managedBy": "kueue.x-k8s.io/multikueue"}, {"managedBy": None}, id="removed"),
+    ],
+)
+def test_the_manager_of_a_job_cannot_be_changed(api: Any, before: Change, after: Change) -> None:
+    path = PATH.partition("?")[0]
+    job = build_job({f"spec.{key}": value for key, value in before.items()})
+    name = api.create(path, job)["metadata"]["name"]
+    merge = "application/merge-patch+json"
+    refused = api.request("PATCH", f"{path}/{name}", {"spec": after}, type=merge)
+    same = api.request("PATCH", f"{path}/{name}", {"spec": before | {"suspend": True}}, type=merge)
+    api.delete(f"{path}/{name}")
+
+    assert (422, 200) == (refused[0], same[0])
+    assert "spec.managedBy" in refused[1]["message"]
+    assert "managedBy cannot be changed; delete the FineTuneJob and create it again" in refused[1]["message"]
 
 
 def _find_text(constraint: Constraint, in_schema: set[tuple[str, str]]) -> str:

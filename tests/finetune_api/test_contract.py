@@ -17,7 +17,7 @@ from finetune_api.contract import (
     compute_run,
     resolve_mount,
 )
-from finetune_api.v1alpha1 import FineTuneJobSpec, Resources
+from finetune_api.v1alpha1 import FineTuneJobSpec
 from pydantic import ValidationError
 
 _SPEC: dict[str, Any] = {
@@ -80,10 +80,37 @@ def test_a_run_is_stable_over_versions() -> None:
     assert "26886db3" == compute_run(_spec())
 
 
-def test_the_pod_shape_follows_resources_alone() -> None:
-    assert compute_pod_shape(Resources()) == compute_pod_shape(Resources(cpu="2", memory="4Gi"))
-    assert compute_pod_shape(Resources()) != compute_pod_shape(Resources(cpu="4"))
-    assert compute_pod_shape(Resources()) != compute_pod_shape(Resources(memory="8Gi"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"resources": {"cpu": "4"}}, id="cpu"),
+        pytest.param({"resources": {"memory": "8Gi"}}, id="memory"),
+        pytest.param({"nodes": 2}, id="nodes"),
+        pytest.param({"accelerator": {"nvidia": {"count": 1}}}, id="accelerator"),
+        pytest.param({"profileRef": {"name": "large"}}, id="profile"),
+    ],
+)
+def test_what_the_pods_request_decides_on_their_shape_and_not_on_the_run(changes: dict[str, Any]) -> None:
+    assert compute_pod_shape(_spec()) != compute_pod_shape(_spec(**changes))
+    assert compute_run(_spec()) == compute_run(_spec(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"resources": {"cpu": "2", "memory": "4Gi"}}, id="default resources spelt out"),
+        pytest.param({"accelerator": {}}, id="no accelerator"),
+        pytest.param({"nodes": 1}, id="one node"),
+        pytest.param({"hyperparameters": {"seed": 3}}, id="training settings"),
+    ],
+)
+def test_the_rest_keeps_the_pod_shape(changes: dict[str, Any]) -> None:
+    assert compute_pod_shape(_spec()) == compute_pod_shape(_spec(**changes))
+
+
+def test_a_pod_shape_is_stable_over_versions() -> None:
+    """A change of this value replaces the pods of every running job."""
+    assert "814a87f8" == compute_pod_shape(_spec())
 
 
 @pytest.mark.parametrize(

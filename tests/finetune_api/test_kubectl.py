@@ -42,11 +42,13 @@ def test_the_api_server_fills_in_every_default(api: Any) -> None:
         },
         "method": {"type": "auto"},
         "hyperparameters": {"precision": "auto", "seed": 0},
+        "accelerator": {},
         "resources": {"cpu": "2", "memory": "4Gi"},
         "budget": {},
         "checkpoint": {"intervalSeconds": 60, "keep": 2},
         "output": {"uri": "pvc://models/pets"},
         "suspend": False,
+        "managedBy": "finetune.dev/operator",
         "runPolicy": {"backoffLimit": 3, "failureRules": []},
     }
 
@@ -156,6 +158,8 @@ pendingSince: "{_TIME}"
 runningSince: "{_TIME}"
 microBatchDivisor: 2
 podShape: 5e6f7a8b
+trainingSeconds: 600
+usage: {{acceleratorSeconds: 120, wastedAcceleratorSeconds: 4, cost: "0.25"}}
 checkpoint: {{step: 40, samples: 1280, time: "{_TIME}", attempt: 2}}
 conditions:
   - {{type: Ready, status: "True", reason: Complete, message: done, lastTransitionTime: "{_TIME}", observedGeneration: 3}}

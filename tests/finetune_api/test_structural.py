@@ -57,6 +57,11 @@ def _convert(**properties: Any) -> dict[str, Any]:
             {"type": "array", "items": {"type": "string"}, "maxItems": 3, "x-kubernetes-list-type": "atomic"},
             id="items of lists are converted",
         ),
+        pytest.param(
+            {"type": "object", "additionalProperties": {"type": "string", "title": "B"}, "maxProperties": 3},
+            {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": 3},
+            id="values of maps are converted",
+        ),
     ],
 )
 def test_converts(given: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -68,6 +73,7 @@ def test_converts(given: dict[str, Any], expected: dict[str, Any]) -> None:
     [
         pytest.param({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "a: .*union", id="union"),
         pytest.param({"type": "object", "additionalProperties": {}}, "a: .*additionalProperties", id="free-form map"),
+        pytest.param({"type": "object", "additionalProperties": False}, "a: .*additionalProperties", id="no further fields"),
         pytest.param({"type": "integer", "multipleOf": 2}, "a: .*multipleOf", id="unknown keyword"),
         pytest.param({"type": "string", "const": "x"}, "a: .*const", id="const"),
     ],
@@ -94,6 +100,13 @@ def test_a_default_object_keeps_what_differs_from_its_fields() -> None:
         inner: Inner = Inner(size=7)
 
     assert {"size": 7} == build_structural_schema(Model.model_json_schema())["properties"]["inner"]["default"]
+
+
+def test_a_default_object_holds_no_nulls_however_deep() -> None:
+    class Model(BaseModel):
+        outer: Outer = Outer(inner=Inner(size=7))
+
+    assert {"inner": {"size": 7}} == build_structural_schema(Model.model_json_schema())["properties"]["outer"]["default"]
 
 
 def test_enums_become_values() -> None:

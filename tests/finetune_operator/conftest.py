@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerators import RAW_CLASSES
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -60,6 +61,14 @@ class Objects:
             **({"status": status} if status else {}),
         }
 
+    def profile(self, name: str = "team", *, version: int = 1, **spec: Any) -> dict[str, Any]:
+        return {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneProfile",
+            "metadata": {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version), "generation": version},
+            "spec": spec,
+        }
+
     def child(
         self,
         name: str = "emoji-0a1b2c3d-1",
@@ -99,10 +108,12 @@ class Objects:
         uid: str | None = None,
         version: int = 1,
         namespace: str = "team",
+        index: int = 0,
         status: dict[str, Any] | None = None,
         **metadata: Any,
     ) -> dict[str, Any]:
         _, run, attempt = child.rsplit("-", 2)
+        labels = _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt))
         return {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -111,7 +122,7 @@ class Objects:
                 "namespace": namespace,
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
-                "labels": _labels(job, job_uid=job_uid or f"uid-{namespace}-{job}", run=run, attempt=int(attempt)),
+                "labels": labels | {"batch.kubernetes.io/job-completion-index": str(index)},
                 "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": child, "uid": "j", "controller": True}],
                 **metadata,
             },
@@ -147,7 +158,7 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
 
 
 RULES = _read_rules("rules")
-CLUSTER_RULES = _read_rules("tokenRules")
+CLUSTER_RULES = _read_rules("clusterRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
@@ -226,15 +237,32 @@ class Team:
         prefix = "/apis/events.k8s.io/v1" if plural == "events" else prefix
         return f"{prefix}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
-    def apply(self, name: str = "emoji", **spec: Any) -> dict[str, Any]:
+    def apply(
+        self,
+        name: str = "emoji",
+        *,
+        labels: dict[str, str] | None = None,
+        annotations: dict[str, str] | None = None,
+        **spec: Any,
+    ) -> dict[str, Any]:
         """Apply a FineTuneJob."""
+        metadata = {"name": name, "namespace": self.namespace, "labels": labels or {}, "annotations": annotations or {}}
         body = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": self.namespace},
+            "metadata": metadata,
             "spec": SPEC | spec,
         }
         return dict(self.api.apply(self.path("finetunejobs", name), body))
+
+    def apply_profile(self, **spec: Any) -> None:
+        """Apply the team's profile, which has the name of its namespace: profiles are for the whole cluster."""
+        body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneProfile", "metadata": {"name": self.namespace}}
+        self.api.apply(self.profile_path, body | {"spec": spec})
+
+    @property
+    def profile_path(self) -> str:
+        return f"/apis/finetune.dev/v1alpha1/finetuneprofiles/{self.namespace}"
 
     def job(self, name: str = "emoji") -> dict[str, Any]:
         return dict(self.api.get(self.path("finetunejobs", name)))
@@ -273,6 +301,16 @@ class Team:
             return pods[0] if len(pods) == 1 else None
 
         return dict(wait_until(find, what=f"there is one pod of {child or 'any Job'}"))
+
+    def wait_for_pods(self, number: int, *, attempt: int = 1) -> list[dict[str, Any]]:
+        """Wait for all pods of an attempt, in the order of their indexes."""
+
+        def find() -> list[dict[str, Any]] | None:
+            pods = [pod for pod in self.pods() if pod["metadata"]["labels"].get("finetune.dev/attempt") == str(attempt)]
+            pods.sort(key=lambda pod: int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]))
+            return pods if len(pods) == number else None
+
+        return list(wait_until(find, what=f"there are {number} pods of attempt {attempt}"))
 
     def run_pod(self, pod: dict[str, Any]) -> None:
         """Show a pod as running, as a kubelet would."""
@@ -316,6 +354,8 @@ def team(api: Any) -> Iterator[Team]:
     """A namespace of the test's own."""
     team = Team(api, f"team-{secrets.token_hex(4)}")
     yield team
+    if api.exists(team.profile_path):
+        api.delete(team.profile_path)
     for job in api.get(team.path("finetunejobs"))["items"]:
         api.delete(team.path("finetunejobs", job["metadata"]["name"]))
     api.delete(f"/api/v1/namespaces/{team.namespace}")
@@ -333,6 +373,7 @@ def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Ope
         "KUBECONFIG": str(kubeconfig),
         "FINETUNE_NAMESPACES": team.namespace,
         "FINETUNE_TRAINER_IMAGE": "trainer:test",
+        "FINETUNE_ACCELERATORS": json.dumps(RAW_CLASSES),
         "FINETUNE_BIND_ADDRESS": "127.0.0.1",
         "FINETUNE_REPORT_URL": f"https://localhost:{ports['FINETUNE_REPORT_PORT']}",
         "FINETUNE_REPORT_CA_FILE": str(certificate),
@@ -420,7 +461,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
 

@@ -25,13 +25,15 @@ class Bench:
     failures: list[ApiError] = field(default_factory=list)
     now: float = 0.0
     later: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
+    namespaces: tuple[str, ...] = ()
+    listed: list[tuple[Kind, str | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.auditor = Auditor(
             self,
             store=self.store,
             enqueue=self.enqueued.append,
-            namespaces=(),
+            namespaces=self.namespaces,
             interval_seconds=300,
             metrics=self.metrics,
             clock=lambda: self.now,
@@ -39,11 +41,12 @@ class Bench:
         )
 
     async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
-        assert namespace is None
+        assert namespace in kind.list_scopes(self.namespaces)
+        self.listed.append((kind, namespace))
         if self.failures:
             raise self.failures.pop()
         metadata = [raw["metadata"] for raw in self.truth[kind]]
-        objects = {each["uid"]: ((each["namespace"], each["name"]), int(each["resourceVersion"])) for each in metadata}
+        objects = {each["uid"]: ((each.get("namespace", ""), each["name"]), int(each["resourceVersion"])) for each in metadata}
         return Listing(version=self.version, objects=objects)
 
     async def sleep(self, seconds: float) -> None:
@@ -150,3 +153,25 @@ async def test_age_counts_from_the_last_audit(bench: Bench) -> None:
     await bench.auditor.audit()
 
     assert bench.auditor.age_seconds == 0
+
+
+async def test_missed_deletion_of_a_profile_reaches_its_users(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job("user", spec={"profileRef": {"name": "team"}}))
+    bench.has(objects.job("other"))
+    bench.store.observe(Kind.FINETUNEPROFILE, objects.profile(version=50))
+    await bench.auditor.audit()
+
+    assert len(bench.store.profiles) == 0
+    assert bench.enqueued[0] == ("team", "user")
+    assert bench.audits() == ["repaired"]
+    page = generate_latest(bench.metrics.registry).decode()
+    assert 'finetune_audit_purges_total{resource="finetuneprofiles"} 1.0' in page
+
+
+async def test_profiles_are_listed_once_for_all_namespaces(objects: Any) -> None:
+    bench = Bench(namespaces=("a", "b"))
+    bench.has(objects.profile(), kind=Kind.FINETUNEPROFILE)
+    await bench.auditor.audit()
+
+    assert [each for each in bench.listed if each[0] is Kind.FINETUNEPROFILE] == [(Kind.FINETUNEPROFILE, None)]
+    assert [each for each in bench.listed if each[0] is Kind.FINETUNEJOB] == [(Kind.FINETUNEJOB, "a"), (Kind.FINETUNEJOB, "b")]

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from finetune_api.conditions import set_condition
-from finetune_api.contract import compute_run
 from finetune_api.v1alpha1 import FineTuneJobStatus
 from finetune_operator.cluster import ClientSettings, Cluster
 from finetune_operator.errors import ConflictError, NotFoundError, RefusedError
 from finetune_operator.manifests.job import build_job
+from finetune_operator.manifests.service import build_service
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote, EventType
+from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.views import Kind, build_job_view, project_job
@@ -116,21 +117,39 @@ async def test_status_for_a_predecessor_does_not_reach_its_successor(team: Any, 
     assert team.status() == {}
 
 
-async def test_child_is_owned_and_changes_of_others_are_taken_back(team: Any, connect: Connect) -> None:
+async def test_child_that_another_manager_has_changed_is_left_as_it_is(team: Any, connect: Connect) -> None:
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     path = team.path("jobs", manifest["metadata"]["name"])
     async with connect() as cluster:
-        await cluster.apply_child(manifest)
-        team.api.apply(path, {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"labels": {"finetune.dev/run": "stolen"}}})
-        await cluster.apply_child(manifest)
+        first = await cluster.apply_child(manifest)
+        again = await cluster.apply_child(manifest)
+        team.api.patch(path, {"spec": {"suspend": True}})
+        with pytest.raises(ConflictError, match=r"conflict with .*\.spec\.suspend"):
+            await cluster.apply_child(manifest | {"spec": manifest["spec"] | {"suspend": False}})
 
     child = team.api.get(path)
-    assert child["metadata"]["labels"]["finetune.dev/run"] == compute_run(view.spec)
+    assert first["metadata"]["uid"] == again["metadata"]["uid"]
+    assert first["spec"] == again["spec"]
+    assert child["spec"]["suspend"] is True
     assert "f:spec" in _owned(child, "finetune-operator")
     assert child["metadata"]["ownerReferences"][0]["controller"] is True
+
+
+async def test_service_is_applied_as_well(team: Any, connect: Connect) -> None:
+    team.apply()
+    manifest = build_service(_view(team))
+    async with connect() as cluster:
+        await cluster.apply_child(manifest)
+        team.api.patch(
+            team.path("services", manifest["metadata"]["name"]), {"spec": {"selector": {"finetune.dev/job-uid": "other"}}}
+        )
+        with pytest.raises(ConflictError, match="conflict with"):
+            await cluster.apply_child(manifest)
+
+    assert "None" == team.api.get(team.path("services", manifest["metadata"]["name"]))["spec"]["clusterIP"]
 
 
 @pytest.mark.parametrize("field", ["uid", "resource_version"])
@@ -139,7 +158,9 @@ async def test_child_that_changed_is_not_deleted(team: Any, connect: Connect, fi
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         metadata = child["metadata"]
         seen = {"uid": metadata["uid"], "resource_version": metadata["resourceVersion"]}
         seen |= {field: "1" if field == "resource_version" else "00000000-0000-0000-0000-000000000000"}
@@ -161,7 +182,7 @@ async def test_invalid_child_is_refused_with_the_servers_words(team: Any, connec
     team.apply()
     view = _view(team)
     assert view.spec is not None
-    manifest = build_job(view, view.spec, attempt=1, settings=_SETTINGS)
+    manifest = build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
     manifest["spec"]["parallelism"] = -1
     async with connect() as cluster:
         with pytest.raises(RefusedError, match=r"spec\.parallelism") as caught:
@@ -175,15 +196,20 @@ async def test_listing_shows_ours_alone(team: Any, connect: Connect) -> None:
     view = _view(team)
     assert view.spec is not None
     async with connect() as cluster:
-        child = await cluster.apply_child(build_job(view, view.spec, attempt=1, settings=_SETTINGS))
+        child = await cluster.apply_child(
+            build_job(view, view.spec, attempt=1, shape=shape_pods(view.spec, {}), settings=_SETTINGS)
+        )
         stranger = {"name": "trainer", "image": "i"}
         pod = {"metadata": {"name": "stranger"}, "spec": {"containers": [stranger]}}
         team.api.create(team.path("pods"), pod)
-        listings = {kind: await cluster.list_versions(kind, namespace=team.namespace) for kind in Kind}
+        team.apply_profile()
+        scopes = {kind: kind.list_scopes((team.namespace,))[0] for kind in Kind}
+        listings = {kind: await cluster.list_versions(kind, namespace=scope) for kind, scope in scopes.items()}
 
     assert set(listings[Kind.FINETUNEJOB].objects) == {view.uid}
     assert listings[Kind.JOB].objects[child["metadata"]["uid"]][0] == (team.namespace, child["metadata"]["name"])
     assert "stranger" not in {key[1] for key, _ in listings[Kind.POD].objects.values()}
+    assert ("", team.namespace) in {key for key, _ in listings[Kind.FINETUNEPROFILE].objects.values()}
 
 
 async def test_token_names_its_pod(team: Any, connect: Connect) -> None:

@@ -40,8 +40,8 @@ class FakeCluster:
     async def apply_child(self, manifest: RawObject) -> RawObject:
         self._note(f"apply {manifest['metadata']['name']}")
         created = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": "1970-01-01T00:16:40Z"}
-        metadata = manifest["metadata"] | created
-        return self.put(Kind.JOB, dict(manifest) | {"metadata": metadata})
+        raw = dict(manifest) | {"metadata": manifest["metadata"] | created}
+        return self.put(Kind.JOB, raw) if manifest["kind"] == "Job" else raw
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         self._note("status")
@@ -190,6 +190,44 @@ async def test_refused_child_is_shown_and_tried_again_later(bench: Bench, error:
     await bench.work()
 
     assert (bench.state, len(bench.store.children)) == ("Pending", 1)
+
+
+def _conflict(field: str) -> ConflictError:
+    message = f'Apply failed with 1 conflict: conflict with "other" using v1: {field}'
+    return ConflictError(message, status=409, reason="Conflict")
+
+
+async def test_service_of_many_pods_comes_first_and_is_no_child(bench: Bench) -> None:
+    bench.show(bench.objects.job(spec=bench.objects.job()["spec"] | {"nodes": 2}))
+    requests = await bench.wake()
+
+    assert ["apply emoji-uid-team", "apply", "status"] == [requests[0], *(each.split()[0] for each in requests[1:])]
+    assert [2] == [child.content.nodes for child in bench.store.children]
+
+
+async def test_child_that_another_manager_has_changed_is_looked_at_anew(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    bench.store.children.pop(child.key)  # lost from the view
+    bench.store.observe(Kind.FINETUNEJOB, bench.show(bench.objects.job()))
+    bench.cluster.failures["apply"] = [_conflict(".spec.suspend")]
+    requests = await bench.wake()
+    assert [f"apply {child.name}", f"get {child.name}"] == requests
+    assert [child.key] == [each.key for each in bench.store.children]
+    bench.now += 1
+    requests = await bench.work()
+
+    assert [] == [each for each in requests if each.startswith("apply")]
+
+
+async def test_service_that_another_manager_has_changed_is_shown(bench: Bench) -> None:
+    bench.show(bench.objects.job(spec=bench.objects.job()["spec"] | {"nodes": 2}))
+    bench.cluster.failures["apply"] = [_conflict(".spec.selector")]
+    requests = await bench.wake()
+
+    assert ["apply", "status"] == [each.split()[0] for each in requests]
+    assert "FieldConflict" == bench.state
 
 
 @pytest.mark.parametrize("request_", ["apply", "status"])

@@ -7,48 +7,18 @@ from typing import Any
 import pytest
 from finetune_api.contract import FailureReport, TrainerReport
 from finetune_api.v1alpha1 import FailureAction, FineTuneJobSpec, TrainerStatus
-from finetune_operator.observed import ChildState, ChildView, PodView
+from finetune_operator.observed import ChildState
 from finetune_operator.policies.failure import Verdict, classify_failure, is_disruption
+from world import build_child, build_pod
 
 _NOW = datetime(2026, 1, 1, tzinfo=UTC)
-_CHILD = ChildView(
-    name="emoji-0a1b2c3d-1",
-    uid="c",
-    resource_version="1",
-    run="0a1b2c3d",
-    attempt=1,
-    pod_shape="s",
-    deleting=False,
+_CHILD = build_child(
     state=ChildState.FAILED,
     reason="BackoffLimitExceeded",
     message="Job has reached the specified backoff limit",
-    created_at=_NOW,
     finished_at=_NOW,
 )
-_POD = PodView(
-    name="emoji-0a1b2c3d-1-0-abcde",
-    uid="p",
-    resource_version="1",
-    child=_CHILD.name,
-    run=_CHILD.run,
-    attempt=1,
-    phase="Failed",
-    node="n1",
-    deleting=False,
-    image="trainer:1",
-    scheduled=True,
-    unscheduled_reason=None,
-    unscheduled_message=None,
-    waiting_reason=None,
-    waiting_message=None,
-    started_at=_NOW,
-    finished_at=_NOW,
-    exit_code=None,
-    termination_reason=None,
-    termination_message=None,
-    pod_reason=None,
-    pod_message=None,
-)
+_POD = build_pod(name="emoji-0a1b2c3d-1-0-abcde", started_at=_NOW, finished_at=_NOW)
 
 
 def _classify(pod: dict[str, Any] | None, *, report: TrainerReport | None = None, rules: Any = ()) -> Verdict:
@@ -105,6 +75,7 @@ _FREE, _RETRY, _FAIL = FailureAction.RETRY_FREE, FailureAction.RETRY, FailureAct
         pytest.param({"exit_code": 1}, "TrainerError", _RETRY, "_", id="1"),
         pytest.param({"exit_code": 70}, "Diverged", _RETRY, "learningRate", id="70"),
         pytest.param({"exit_code": 75}, "Interrupted", _RETRY, "_", id="75 by itself"),
+        pytest.param({"exit_code": 76}, "PeerLost", _RETRY, "network", id="76 and no other pod"),
         pytest.param({"exit_code": 137}, "Killed", _RETRY, "SIGKILL", id="137 by itself"),
         pytest.param({"exit_code": 143}, "Interrupted", _RETRY, "SIGTERM", id="143 by itself"),
         pytest.param({"exit_code": 3}, "TrainerError", _RETRY, "code 3", id="a code that is not ours"),

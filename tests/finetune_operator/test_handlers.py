@@ -45,3 +45,13 @@ def test_kopf_writes_nothing_and_hears_everything() -> None:
     assert not settings.watching.initial_streaming
     assert settings.watching.inactivity_timeout > 86_400
     assert (settings.watching.server_timeout, settings.watching.client_timeout) == (240, 250)
+
+
+def test_watcher_of_profiles_is_one_for_the_cluster() -> None:
+    assert "watcher for finetuneprofiles.v1alpha1.finetune.dev@None" in handlers.name_watchers(())
+    watchers = handlers.name_watchers(("a", "b"))
+
+    assert {each for each in watchers if "finetuneprofiles" in each} == {
+        "watcher for finetuneprofiles.v1alpha1.finetune.dev@None"
+    }
+    assert {"watcher for pods.v1@a", "watcher for pods.v1@b"} <= watchers

@@ -269,20 +269,58 @@ def test_quota_is_shown_and_waited_for(team: Any, operator: Any, until: Any) -> 
     assert not any(each["type"] == "Failed" and each["status"] == "True" for each in refused["conditions"])
 
 
+def test_profile_comes_changes_and_goes(team: Any, operator: Any, until: Any, writes: Any) -> None:
+    operator.start()
+    team.apply(profileRef={"name": team.namespace})
+    team.wait("ProfileNotFound")
+    team.apply_profile(image="old:1", pricePerAcceleratorHour="3600", environment=[{"name": "A", "value": "1"}])
+    first = team.wait_for_pod()
+    team.wait("Unschedulable")
+    team.run_pod(first)
+    team.wait("Running")
+    until(lambda: ("Normal", "Running") in team.events(), what="the event")
+    before = writes(team, about="emoji")
+    team.apply_profile(image="new:1", allowedUriSchemes=["timm", "pvc"])
+    team.apply("marker", profileRef={"name": team.namespace}, checkpoint={"uri": "s3://bucket"})
+    team.wait("ProfileViolated", "marker")
+    untouched = writes(team, about="emoji")
+    team.evict_pod(first)
+    until(lambda: team.status()["attempt"] == 2, what="the next attempt")
+    second = team.wait_for_pod(team.children()[-1]["metadata"]["name"])
+    team.api.delete(team.profile_path)
+    team.run_pod(second)
+    team.wait("Running")
+    team.end_pod(second, message=json.dumps(_PUBLISHED))
+    complete = team.wait("Complete")
+
+    assert before == untouched, "a change of the profile touches nothing that runs"
+    assert ["old:1", "new:1"] == [pod["spec"]["containers"][0]["image"] for pod in (first, second)]
+    assert {"name": "A", "value": "1"} in first["spec"]["containers"][0]["env"]
+    usage = complete["usage"]
+    assert usage["acceleratorSeconds"] == complete["activeSeconds"]
+    paid = usage["acceleratorSeconds"] if "pricePerAcceleratorHour" in usage else None
+    assert paid is None, "the second attempt has no price"
+    assert usage["cost"].endswith(".0000"), "a second costs one"
+    team.wait("ProfileNotFound", "marker")
+
+
 def test_rights_suffice_and_all_are_used(
     team: Any, operator: Any, tls: tuple[Path, Path], requests: Any, until: Any, rules: Any
 ) -> None:
     operator.start()
-    team.apply(runPolicy={"backoffLimit": 1})
+    accelerator = {"deviceClass": {"name": "gpu.nvidia.com"}}
+    team.apply(runPolicy={"backoffLimit": 1}, accelerator=accelerator)
     pod = team.wait_for_pod()
     team.run_pod(pod)
     team.wait("Running")
     url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
     _post(url, token=team.create_token(pod), ca=tls[0])
+    team.apply("gang", nodes=2, accelerator={"deviceClass": {"name": "gpu.nvidia.com", "count": 1}})
+    until(lambda: team.state("gang"), what="the Service, the ResourceClaimTemplate and the Job are there")
     # Somebody deletes the attempt, so the next one asks whether it is really gone; the suspension deletes that one.
-    team.api.delete(team.path("jobs", team.children()[0]["metadata"]["name"]))
+    team.api.delete(team.path("jobs", f"emoji-{team.status()['run']}-1"))
     until(lambda: team.status()["attempt"] == 2, what="the next attempt")
-    team.apply(suspend=True)
+    team.apply(suspend=True, accelerator=accelerator)
     team.wait("Suspended")
     operator.stop()
     user = f"system:serviceaccount:{team.namespace}:operator"
@@ -294,7 +332,8 @@ def test_rights_suffice_and_all_are_used(
     assert used <= granted
     # An apply that creates is checked for both verbs and logged as a patch; finalizers are for clusters that check
     # ownerReferences; a repeated event is patched; events are listed for a Job without a pod (see the test of Pod Security).
-    assert granted - used <= {"jobs create", "finetunejobs/finalizers update", "events patch", "events list", "finetunejobs get"}
+    created = {"jobs create", "services create", "resourceclaimtemplates create"}
+    assert granted - used <= created | {"finetunejobs/finalizers update", "events patch", "events list", "finetunejobs get"}
 
 
 def test_replaced_token_is_taken_up(team: Any, operator: Any) -> None:

@@ -5,13 +5,35 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerators import CASES, CLASSES, Case
 from finetune_api.contract import TrainerConfig
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
+from finetune_operator.manifests.service import build_service
 from finetune_operator.observed import JobView
+from finetune_operator.policies.accelerator import DeviceRequest, shape_pods
 from finetune_operator.settings import TrainerSettings
 
-_SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n")
+_SETTINGS = TrainerSettings(
+    image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n", accelerators=CLASSES
+)
+
+
+_JOB = JobView(
+    namespace="team",
+    name="emoji",
+    uid="0b6e",
+    generation=1,
+    resource_version="7",
+    deleting=False,
+    spec=None,
+    spec_error=None,
+    status=FineTuneJobStatus(),
+)
+
+
+_DEVICES = DeviceRequest(device_class="gpu.nvidia.com", count=2)
 
 
 def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, **fields: Any) -> dict[str, Any]:
@@ -19,18 +41,8 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
         {"task": "image-classification", "dataset": {"uri": "pvc://data/pictures"}, "output": {"uri": "pvc://models/out"}}
         | fields
     )
-    job = JobView(
-        namespace="team",
-        name="emoji",
-        uid="0b6e",
-        generation=1,
-        resource_version="7",
-        deleting=False,
-        spec=spec,
-        spec_error=None,
-        status=FineTuneJobStatus(),
-    )
-    return build_job(job, spec, attempt=2, micro_batch_divisor=micro_batch_divisor, settings=settings)
+    shape = shape_pods(spec, settings.accelerators)
+    return build_job(_JOB, spec, attempt=2, shape=shape, micro_batch_divisor=micro_batch_divisor, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +70,52 @@ def _build(settings: TrainerSettings = _SETTINGS, micro_batch_divisor: int = 1, 
             {"checkpoint": {"uri": "s3://bucket/emoji", "secretRef": {"name": "keys"}}},
             id="checkpoints in an object store",
         ),
+        pytest.param("job-many-nodes.yaml", {"nodes": 4}, id="many nodes"),
     ],
 )
 def test_job_is_the_golden_one(golden: Callable[[str, str], None], name: str, fields: dict[str, Any]) -> None:
     golden(name, yaml.safe_dump(_build(**fields), sort_keys=False))
+
+
+def test_service_is_the_golden_one_and_has_the_pods(golden: Callable[[str, str], None]) -> None:
+    service = build_service(_JOB)
+    template = _build(nodes=4)["spec"]["template"]
+
+    golden("service.yaml", yaml.safe_dump(service, sort_keys=False))
+    assert service["metadata"]["name"] == template["spec"]["subdomain"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_job_on_each_accelerator_is_the_golden_one(golden: Callable[[str, str], None], case: Case) -> None:
+    job = _build(accelerator=case.accelerator, **case.spec)
+
+    golden(f"accelerator-{case.name}.yaml", yaml.safe_dump(job, sort_keys=False))
+
+
+def test_claim_template_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
+    golden("claim-template.yaml", yaml.safe_dump(build_claim_template(_JOB, _DEVICES), sort_keys=False))
+
+
+def test_pods_claim_from_the_template_of_their_job() -> None:
+    pod = _build(accelerator={"deviceClass": {"name": "gpu.nvidia.com", "count": 2}})["spec"]["template"]["spec"]
+
+    (claim,) = pod["resourceClaims"]
+    assert build_claim_template(_JOB, _DEVICES)["metadata"]["name"] == claim["resourceClaimTemplateName"]
+    assert [{"name": claim["name"]}] == pod["containers"][0]["resources"]["claims"]
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(DeviceRequest(device_class="gpu.nvidia.com", count=3), id="another count"),
+        pytest.param(DeviceRequest(device_class="gpu.amd.com", count=2), id="another class"),
+    ],
+)
+def test_other_devices_have_a_template_of_their_own(devices: DeviceRequest) -> None:
+    others = build_claim_template(_JOB, devices)
+
+    assert build_claim_template(_JOB, _DEVICES)["metadata"]["name"] != others["metadata"]["name"]
 
 
 def test_configuration_in_the_pod_reads_back() -> None:

@@ -278,7 +278,7 @@ def test_a_complete_job_is_not_trained_again(change: dict[str, Any]) -> None:
 def test_other_resources_replace_the_running_attempt() -> None:
     world = World().settle().run().change(resources={"cpu": "4", "memory": "8Gi"}).settle().collect()
 
-    assert [(2, compute_pod_shape(FineTuneJobSpec.model_validate(world.spec).resources))] == [
+    assert [(2, compute_pod_shape(FineTuneJobSpec.model_validate(world.spec)))] == [
         (child.attempt, child.pod_shape) for child in world.active
     ]
     assert 0 == world.status.restarts

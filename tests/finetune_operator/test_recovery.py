@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from finetune_api.conditions import is_true
+from finetune_api.contract import FailureReport
 from finetune_operator.observed import ChildState, PodRefusal
 from world import PUBLISHED, SETTINGS, SPEC, World, build_report
 
@@ -77,11 +78,21 @@ def test_pod_that_is_gone_without_a_trace_costs_no_retry() -> None:
     )
 
 
-def test_each_time_out_of_memory_halves_the_micro_batch() -> None:
+_TOLD = build_report(failure=FailureReport(reason="OutOfMemory", message="memory ran out"))
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        pytest.param(137, {"reason": "OOMKilled"}, id="killed by the kernel"),
+        pytest.param(1, {"message": _TOLD}, id="told by the trainer"),
+    ],
+)
+def test_each_time_out_of_memory_halves_the_micro_batch(code: int, ending: dict[str, Any]) -> None:
     world = _policy(backoffLimit=5)
     divisors = [world.config.micro_batch_divisor]
     for _ in range(2):
-        world.run().exit(137, reason="OOMKilled").wait(360).settle()
+        world.run().exit(code, **ending).wait(360).settle()
         divisors.append(world.config.micro_batch_divisor)
     world.run().exit(1).wait(360).settle()
 

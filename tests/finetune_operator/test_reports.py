@@ -69,12 +69,15 @@ def _owner(pod: str, *, namespace: str = "team", uid: str | None = None) -> Revi
 @pytest.fixture
 async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
     store = Store()
-    for raw in (objects.job(), objects.job("other"), objects.job(namespace="else")):
+    foreign = objects.job("foreign", spec={"managedBy": "kueue.x-k8s.io/multikueue"})
+    for raw in (objects.job(), objects.job("other"), objects.job(namespace="else"), foreign):
         store.observe(Kind.FINETUNEJOB, raw)
     store.observe(Kind.JOB, objects.child(attempt=2))
     for raw in (
         objects.pod("mine"),
+        objects.pod("second", index=1),
         objects.pod("of-another-job", job="other"),
+        objects.pod("of-another-manager", job="foreign"),
         objects.pod("of-a-predecessor", job_uid="old"),
         objects.pod("elsewhere", namespace="else"),
     ):
@@ -82,7 +85,9 @@ async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
     reviewer = FakeReviewer(
         owners={
             "mine": _owner("mine"),
+            "second": _owner("second"),
             "another-job": _owner("of-another-job"),
+            "another-manager": _owner("of-another-manager"),
             "predecessor": _owner("of-a-predecessor"),
             "earlier-pod": _owner("mine", uid="earlier"),
             "unknown-pod": _owner("unknown"),
@@ -125,8 +130,10 @@ async def test_report_of_the_jobs_pod_is_kept_and_echoed(bench: Bench) -> None:
         pytest.param({"token": "predecessor"}, 403, "Forbidden", id="pod of a deleted job of the same name"),
         pytest.param({"token": "elsewhere"}, 403, "Forbidden", id="pod of another namespace"),
         pytest.param({"token": "person"}, 403, "Forbidden", id="token of a person"),
+        pytest.param({"token": "second"}, 403, "Forbidden", id="token of a pod that is not the first of its attempt"),
         pytest.param({"token": "no-pod"}, 403, "Forbidden", id="token that belongs to no pod"),
         pytest.param({"job": "absent"}, 404, "NotFound", id="no such job"),
+        pytest.param({"token": "another-manager", "job": "foreign"}, 404, "NotFound", id="job of another manager"),
         pytest.param({"body": b"x" * 70_000}, 413, "RequestEntityTooLarge", id="too large"),
         pytest.param({"body": b"{"}, 400, "BadRequest", id="not JSON"),
         pytest.param({"body": {}}, 422, "Invalid", id="no trainerStatus"),

@@ -1,5 +1,6 @@
 """Settings come from the environment and name what is wrong with it."""
 
+import json
 from typing import Any
 
 import pytest
@@ -24,6 +25,13 @@ def test_no_namespaces_mean_all() -> None:
     assert () == load_settings(_VALID).namespaces
 
 
+def test_accelerator_classes_are_read_from_json() -> None:
+    classes = {"npu": {"resource": "corp.test/npu", "device": "cpu", "backend": "gloo", "processesPerAccelerator": 2}}
+    settings = load_settings(_VALID | {"FINETUNE_ACCELERATORS": json.dumps(classes)})
+
+    assert ("corp.test/npu", 2) == (settings.accelerators["npu"].resource, settings.accelerators["npu"].processes_per_accelerator)
+
+
 def test_variables_of_other_programs_are_ignored() -> None:
     assert load_settings(_VALID | {"FINETUNE_OPERATOR_PORT": "tcp://10.0.0.1:80"}) == load_settings(_VALID)
 
@@ -33,6 +41,8 @@ def test_variables_of_other_programs_are_ignored() -> None:
     [
         pytest.param({"FINETUNE_WORKERS": "0"}, "workers", id="no worker"),
         pytest.param({"FINETUNE_LOG_FORMAT": "xml"}, "log_format", id="unknown format"),
+        pytest.param({"FINETUNE_ACCELERATORS": "nvidia"}, "(?s)accelerators.*this is no JSON", id="no JSON"),
+        pytest.param({"FINETUNE_ACCELERATORS": '{"npu": {"resource": "a/b", "device": "cpu"}}'}, "npu.backend", id="no class"),
         pytest.param({"FINETUNE_API_REQUESTS_PER_SECOND": "fast"}, "api_requests_per_second", id="not a number"),
     ],
 )

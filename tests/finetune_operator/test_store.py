@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from finetune_api.contract import TrainerReport
 from finetune_operator.observed import Observed, PodRefusal, ReceivedReport
 from finetune_operator.store import Store
-from finetune_operator.views import Kind
+from finetune_operator.views import Key, Kind
 
 _KEY = ("team", "emoji")
 _REPORT = ReceivedReport(
@@ -50,9 +51,9 @@ def test_every_event_names_the_job_to_reconcile(store: Store, objects: Any) -> N
     # Also an old one: the answer to our own write may have carried a change of the user with it.
     store.observe(Kind.FINETUNEJOB, objects.job(version=2))
 
-    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == _KEY
-    assert store.observe(Kind.JOB, objects.child()) == _KEY
-    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == _KEY
+    assert store.observe(Kind.FINETUNEJOB, objects.job(version=1)) == (_KEY,)
+    assert store.observe(Kind.JOB, objects.child()) == (_KEY,)
+    assert store.observe(Kind.POD, objects.pod(), is_deleted=True) == (_KEY,)
 
 
 def test_deleted_object_is_gone(store: Store, objects: Any) -> None:
@@ -215,6 +216,14 @@ def test_only_the_deleted_pods_of_the_latest_attempt_are_kept(store: Store, obje
     assert ["new-5", "new-6", "new-7", "new-8"] == [pod.name for pod in _read(store).former_pods]
 
 
+def test_of_many_deleted_pods_the_first_one_and_those_that_went_first_are_kept(store: Store, objects: Any) -> None:
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    for index in range(20, -1, -1):
+        _observe_ended_pod(store, objects, f"p{index}", child="emoji-0a1b2c3d-1", version=30 - index, index=index)
+
+    assert [0, *range(20, 4, -1)] == [pod.index for pod in _read(store).former_pods]
+
+
 def test_deleted_pods_and_refusals_go_with_their_job(store: Store, objects: Any) -> None:
     store.observe(Kind.FINETUNEJOB, objects.job())
     store.put_refusal(_KEY, PodRefusal(child_uid="c", checked_at=_REPORT.received_at, message="no"))
@@ -230,3 +239,98 @@ def test_deleted_pods_of_a_predecessor_are_not_the_successors(store: Store, obje
     _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=2, job_uid="predecessor")
 
     assert () == _read(store).former_pods
+
+
+@pytest.fixture
+def team(store: Store, objects: Any) -> Store:
+    """A store with a job that names profile a, one that names b, and one that names none."""
+    for name in ("a", "b"):
+        store.observe(Kind.FINETUNEJOB, objects.job(name, spec={"profileRef": {"name": name}}))
+    store.observe(Kind.FINETUNEJOB, objects.job("none", spec={}))
+    foreign = {"profileRef": {"name": "a"}, "managedBy": "kueue.x-k8s.io/multikueue"}
+    store.observe(Kind.FINETUNEJOB, objects.job("another-managers", spec=foreign))
+    return store
+
+
+def _users(keys: Iterable[Key]) -> list[str]:
+    return sorted(name for _, name in keys)
+
+
+def test_profile_concerns_the_jobs_that_name_it(team: Store, objects: Any) -> None:
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=1))) == ["a"]
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2, image="x"))) == ["a"]
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("other"))) == []
+    assert _users(team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=3), is_deleted=True)) == ["a"]
+
+
+def test_profile_that_was_seen_already_concerns_nobody(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2))
+
+    assert team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=2)) == ()
+    assert team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=1)) == ()
+
+
+def test_default_profile_concerns_the_jobs_that_name_none(team: Store, objects: Any) -> None:
+    def observe(name: str, version: int, *, is_default: bool = True, is_deleted: bool = False) -> list[str]:
+        raw = objects.profile(name, version=version, isDefault=is_default)
+        return _users(team.observe(Kind.FINETUNEPROFILE, raw, is_deleted=is_deleted))
+
+    assert observe("m", 1) == ["none"]
+    assert observe("m", 2) == ["none"]
+    assert observe("x", 1) == [], "the first by name stays the default"
+    assert observe("a", 1) == ["a", "none"]
+    assert observe("m", 3) == [], "it is the default no more"
+    assert observe("a", 2, is_default=False) == ["a", "none"], "it was the default before"
+    assert observe("m", 4, is_deleted=True) == ["none"]
+    assert observe("x", 2, is_deleted=True) == ["none"]
+
+
+def test_purged_profile_concerns_its_users(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("b", isDefault=True))
+
+    assert _users(team.purge(Kind.FINETUNEPROFILE, ["uid-b"])) == ["b", "none"]
+    assert len(team.profiles) == 0
+
+
+def test_every_job_sees_all_profiles(team: Store, objects: Any) -> None:
+    team.observe(Kind.FINETUNEPROFILE, objects.profile("a", version=7, image="x:1"))
+    seen = team.read(("team", "none"))
+
+    assert seen is not None
+    (profile,) = seen[1].profiles
+    assert (profile.name, profile.generation, profile.spec.image if profile.spec else None) == ("a", 7, "x:1")
+
+
+def test_unreadable_profile_is_still_the_default(team: Store, objects: Any) -> None:
+    keys = team.observe(Kind.FINETUNEPROFILE, objects.profile("z", isDefault=True, limits={"maxNodes": "all"}))
+    (profile,) = (record.content for record in team.profiles)
+
+    assert _users(keys) == ["none"]
+    assert (profile.is_default, profile.spec) == (True, None)
+    assert profile.spec_error is not None
+    assert "spec.limits.maxNodes" in profile.spec_error
+
+
+def test_pods_before_an_eviction_are_forgotten_with_the_next_admission(store: Store, objects: Any) -> None:
+    suspended = objects.child(version=2) | {"spec": {"suspend": True}}
+    store.observe(Kind.FINETUNEJOB, objects.job())
+    store.observe(Kind.JOB, suspended)
+    _observe_ended_pod(store, objects, "a", child="emoji-0a1b2c3d-1", version=3)
+    assert ["a"] == [pod.name for pod in _read(store).former_pods]
+    store.observe(Kind.JOB, objects.child(version=4) | {"spec": {"suspend": False}})
+    assert () == _read(store).former_pods
+    _observe_ended_pod(store, objects, "b", child="emoji-0a1b2c3d-1", version=5)
+    store.observe(Kind.JOB, objects.child(version=6) | {"spec": {"suspend": False}})
+
+    assert ["b"] == [pod.name for pod in _read(store).former_pods]
+
+
+def test_job_of_another_manager_is_known_and_left_alone(store: Store, objects: Any) -> None:
+    foreign = objects.job(spec={"managedBy": "kueue.x-k8s.io/multikueue"}, version=3)
+    store.observe(Kind.FINETUNEJOB, foreign)
+
+    assert None is store.read(_KEY)
+    assert ([], {}) == (store.list_keys(), store.count_states())
+    assert store.knows(Kind.FINETUNEJOB, _KEY, uid=foreign["metadata"]["uid"], version=3), "or the audit would wait for it"
+    store.observe(Kind.FINETUNEJOB, foreign, is_deleted=True)
+    assert {} == store.count_states()

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
-from finetune_operator.cluster import ClientSettings, Cluster
-from finetune_operator.errors import ApiError, NotFoundError, RefusedError, UnauthorizedError
+from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
+from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError
 from finetune_operator.metrics import Metrics
+from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.views import Kind, RawObject
 from kubernetes.aio.client import Configuration
 from prometheus_client import generate_latest
@@ -117,6 +118,39 @@ async def test_errors_keep_the_servers_words(
     assert any(word in str(caught.value) for word in ("m", "spec.x: no", "bad gateway", "half"))
 
 
+_TEMPLATE = {
+    "apiVersion": "resource.k8s.io/v1",
+    "kind": "ResourceClaimTemplate",
+    "metadata": {"namespace": "team", "name": "emoji-0b6e-0a1b2c3d"},
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(_status(404, "NotFound", "the server could not find the requested resource"), id="no such kind"),
+        pytest.param((404, {}, "404 page not found"), id="no such group"),
+    ],
+)
+async def test_a_kind_that_the_cluster_lacks_is_refused_with_what_is_needed(
+    cluster: Cluster, server: Server, answer: tuple[int, dict[str, str], str]
+) -> None:
+    server.answers = [answer]
+    with pytest.raises(RefusedError) as caught:
+        await cluster.apply_child(_TEMPLATE)
+
+    reason, message = explain_refusal(caught.value.message, subject="Job emoji-0a1b2c3d-1")
+    assert "DeviceClaimsUnsupported" == reason
+    assert "does not serve ResourceClaimTemplate of resource.k8s.io/v1" in message
+    assert "needs Kubernetes 1.34" in message
+
+
+async def test_a_namespace_that_is_gone_is_no_refusal(cluster: Cluster, server: Server) -> None:
+    server.answers = [_status(404, "NotFound", "namespaces 'team' not found")]
+    with pytest.raises(NotFoundError):
+        await cluster.apply_child(_TEMPLATE)
+
+
 async def test_list_is_read_in_chunks(cluster: Cluster, server: Server) -> None:
     def chunk(uid: str, *, more: str) -> tuple[int, dict[str, str], str]:
         item = f'{{"metadata": {{"uid": "{uid}", "namespace": "team", "name": "{uid}", "resourceVersion": "5"}}}}'
@@ -136,3 +170,36 @@ async def test_server_that_is_gone_is_an_error_like_others(metrics: Metrics) -> 
     with pytest.raises(ApiError, match="NoAnswer"):
         await _get(cluster)
     await cluster.close()
+
+
+_EMPTY = (200, {}, '{"metadata": {"resourceVersion": "7"}, "items": []}')
+_ABSENT = (404, {}, '{"reason": "NotFound", "message": "the server could not find the requested resource"}')
+_FORBIDDEN = (403, {}, '{"reason": "Forbidden", "message": "cannot list"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        pytest.param([_ABSENT], "finetunejobs.finetune.dev is not installed; apply crds/ or the Helm chart", id="no jobs"),
+        pytest.param([_EMPTY, _ABSENT], "finetuneprofiles.finetune.dev is not installed", id="no profiles"),
+        pytest.param([_EMPTY, _FORBIDDEN], "may not list finetuneprofiles.finetune.dev", id="no right to profiles"),
+    ],
+)
+async def test_start_tells_which_resource_is_missing(
+    cluster: Cluster, server: Server, answers: list[tuple[int, dict[str, str], str]], message: str
+) -> None:
+    server.answers = list(answers)
+
+    with pytest.raises(StartError, match=message):
+        await check_custom_resources(cluster, namespaces=("team",))
+
+
+async def test_start_looks_for_profiles_in_the_whole_cluster(cluster: Cluster, server: Server) -> None:
+    server.answers = [_EMPTY]
+    await check_custom_resources(cluster, namespaces=("team", "other"))
+
+    prefix = "/apis/finetune.dev/v1alpha1"
+    assert [path.partition("?")[0] for path in server.paths] == [
+        f"{prefix}/namespaces/team/finetunejobs",
+        f"{prefix}/finetuneprofiles",
+    ]

@@ -220,12 +220,20 @@ def test_disruption_of_a_pod_is_its_condition(objects: Any, condition: dict[str,
     assert expected == record.content.disruption_reason
 
 
-def test_pod_knows_its_attempt_and_when_it_must_have_stopped(objects: Any) -> None:
-    record = project_pod(objects.pod(child="emoji-0a1b2c3d-3", deletionTimestamp="2026-01-01T00:00:30Z"))
+def test_pod_knows_its_attempt_its_index_and_when_it_must_have_stopped(objects: Any) -> None:
+    deletion = {"deletionTimestamp": "2026-01-01T00:00:30Z", "deletionGracePeriodSeconds": 20}
+    pod = _project_pod(objects.pod(child="emoji-0a1b2c3d-3", index=2, **deletion))
 
-    assert record is not None
-    assert ("0a1b2c3d", 3) == (record.content.run, record.content.attempt)
-    assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == record.content.deletion_due
+    assert ("0a1b2c3d", 3, 2) == (pod.run, pod.attempt, pod.index)
+    assert datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC) == pod.deletion_due
+    assert datetime(2026, 1, 1, 0, 0, 10, tzinfo=UTC) == pod.deleted_at
+
+
+def test_child_knows_its_number_of_pods(objects: Any) -> None:
+    raw = objects.child()
+
+    assert 1 == _project_child(raw).nodes
+    assert 4 == _project_child(raw | {"spec": {"completions": 4}}).nodes
 
 
 @pytest.mark.parametrize(
@@ -237,3 +245,39 @@ def test_reason_of_a_pod_can_be_that_of_a_condition(objects: Any, reason: str | 
 
     assert record is not None
     assert expected == record.content.pod_reason
+
+
+_KUEUE = "kueue.x-k8s.io"
+
+
+def test_job_knows_its_queue_and_nothing_else_of_its_metadata(objects: Any) -> None:
+    labels = {f"{_KUEUE}/queue-name": "a", f"{_KUEUE}/priority-class": "high", "team": "x"}
+    topology = {f"{_KUEUE}/podset-preferred-topology": "rack"}
+    raw = objects.job(labels=labels, annotations=topology | {f"{_KUEUE}/other": "1", "note": "x"})
+    view, plain = build_job_view(project_job(raw)), build_job_view(project_job(objects.job()))
+
+    assert ("a", "a/high", topology) == (view.queue, view.queue_request, view.topology)
+    assert (None, "", {}, {}) == (plain.queue, plain.queue_request, plain.queue_labels, plain.topology)
+
+
+def test_priority_without_a_queue_asks_for_nothing(objects: Any) -> None:
+    view = build_job_view(project_job(objects.job(labels={f"{_KUEUE}/priority-class": "high"})))
+
+    assert (None, "") == (view.queue, view.queue_request)
+
+
+def test_child_knows_whether_its_queue_holds_it(objects: Any) -> None:
+    raw = objects.child(annotations={"finetune.dev/queue": "a/high"})
+    raw["metadata"]["labels"] |= {f"{_KUEUE}/queue-name": "a"}
+    held, plain = _project_child(raw | {"spec": {"suspend": True}}), _project_child(objects.child())
+
+    assert (True, "a", "a/high") == (held.suspended, held.queue, held.queue_request)
+    assert held.suspended_at is None
+    assert (False, None, "") == (plain.suspended, plain.queue, plain.queue_request)
+
+
+@pytest.mark.parametrize(("status", "expected"), [("True", datetime(2026, 1, 1, tzinfo=UTC)), ("False", None)])
+def test_child_knows_since_when_it_is_stopped(objects: Any, status: str, expected: datetime | None) -> None:
+    condition = {"type": "Suspended", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+
+    assert expected == _project_child(objects.child(status={"conditions": [condition]})).suspended_at

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from accelerators import CHART_CLASSES, CLASSES
 from finetune_api.conditions import find_condition
 from finetune_api.contract import TrainerConfig, TrainerReport
 from finetune_api.v1alpha1 import (
@@ -15,13 +16,20 @@ from finetune_api.v1alpha1 import (
     ResultMetric,
     TrainerStatus,
 )
-from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ReceivedReport
+from finetune_operator.observed import ChildState, ChildView, JobView, Observed, PodRefusal, PodView, ProfileView, ReceivedReport
 from finetune_operator.outcome import Outcome
 from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
+from finetune_operator.snapshot import parse_snapshot
+from finetune_operator.views import project_profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = TrainerSettings(image="trainer:1", report_url="https://operator:10443", report_ca="ca")
+SETTINGS = TrainerSettings(
+    image="trainer:1",
+    report_url="https://operator:10443",
+    report_ca="ca",
+    accelerators={name: CLASSES[name] for name in CHART_CLASSES},
+)
 SPEC: dict[str, Any] = {
     "task": "image-classification",
     "dataset": {"uri": "pvc://data"},
@@ -39,6 +47,54 @@ PUBLISHED = build_report(
 )
 
 
+def build_child(**fields: Any) -> ChildView:
+    """Return the Job of the first attempt, under way."""
+    defaults: dict[str, Any] = {
+        "name": "emoji-0a1b2c3d-1",
+        "uid": "c",
+        "resource_version": "1",
+        "run": "0a1b2c3d",
+        "attempt": 1,
+        "pod_shape": "s",
+        "deleting": False,
+        "state": ChildState.ACTIVE,
+        "reason": "",
+        "message": "",
+        "created_at": START,
+        "finished_at": None,
+    }
+    return ChildView(**defaults | fields)
+
+
+def build_pod(**fields: Any) -> PodView:
+    """Return a pod of the first attempt that has a node."""
+    defaults: dict[str, Any] = {
+        "name": "emoji-0a1b2c3d-1-0",
+        "uid": "p",
+        "resource_version": "1",
+        "child": "emoji-0a1b2c3d-1",
+        "run": "0a1b2c3d",
+        "attempt": 1,
+        "phase": "Failed",
+        "node": "n1",
+        "deleting": False,
+        "image": "trainer:1",
+        "scheduled": True,
+        "unscheduled_reason": None,
+        "unscheduled_message": None,
+        "waiting_reason": None,
+        "waiting_message": None,
+        "started_at": None,
+        "finished_at": None,
+        "exit_code": None,
+        "termination_reason": None,
+        "termination_message": None,
+        "pod_reason": None,
+        "pod_message": None,
+    }
+    return PodView(**defaults | fields)
+
+
 @dataclass
 class World:
     """A FineTuneJob, its children and its pods, as a cluster would change them."""
@@ -46,14 +102,17 @@ class World:
     spec: dict[str, Any] = field(default_factory=lambda: dict(SPEC))
     status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
     generation: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
     children: dict[str, ChildView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     former_pods: dict[str, PodView] = field(default_factory=dict)
     report: ReceivedReport | None = None
     refusal: PodRefusal | None = None
+    profiles: dict[str, ProfileView] = field(default_factory=dict)
     now: datetime = START
     events: list[tuple[str, str]] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
+    services: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def job(self) -> JobView:
@@ -67,6 +126,7 @@ class World:
             spec=FineTuneJobSpec.model_validate(self.spec),
             spec_error=None,
             status=self.status,
+            queue_labels=self.labels,
         )
 
     @property
@@ -77,6 +137,7 @@ class World:
             former_pods=tuple(self.former_pods.values()),
             report=self.report,
             refusal=self.refusal,
+            profiles=tuple(self.profiles.values()),
         )
 
     @property
@@ -98,8 +159,17 @@ class World:
     @property
     def config(self) -> TrainerConfig:
         """Return what the newest attempt was told."""
-        container = self.manifests[-1]["spec"]["template"]["spec"]["containers"][0]
-        return TrainerConfig.model_validate_json(container["env"][0]["value"])
+        return self.configs[-1]
+
+    @property
+    def configs(self) -> list[TrainerConfig]:
+        """Return what each attempt was told, in order."""
+        containers = [each["spec"]["template"]["spec"]["containers"][0] for each in self.manifests]
+        return [TrainerConfig.model_validate_json(each["env"][0]["value"]) for each in containers]
+
+    @property
+    def newest(self) -> ChildView:
+        return max(self.children.values(), key=lambda each: each.attempt)
 
     @property
     def active(self) -> list[ChildView]:
@@ -111,8 +181,8 @@ class World:
     def refuse(self, message: str) -> Outcome:
         """Let the API server refuse the child that the decision wants."""
         (manifest,) = self.reconcile().apply
-        name = manifest["metadata"]["name"]
-        return refuse(self.job, self.observed, child=name, message=message, now=self.now, settings=SETTINGS)
+        subject = f"Job {manifest['metadata']['name']}"
+        return refuse(self.job, self.observed, subject=subject, message=message, now=self.now, settings=SETTINGS)
 
     def settle(self) -> "World":
         """Reconcile and carry out, until nothing is left to do but wait."""
@@ -134,24 +204,26 @@ class World:
         for manifest in outcome.apply:
             if next(done, None) is None:
                 return
+            if manifest["kind"] == "Service":
+                self.services.append(manifest)
+                continue
             assert not [pod for pod in self.pods.values() if not pod.is_ended], "two trainers would write to one folder"
             self.manifests.append(manifest)
             labels = manifest["metadata"]["labels"]
             name = manifest["metadata"]["name"]
             assert name not in self.children, "a Job is never applied twice"
-            self.children[name] = ChildView(
+            self.children[name] = build_child(
                 name=name,
                 uid=f"uid-{name}",
-                resource_version="1",
                 run=labels["finetune.dev/run"],
                 attempt=int(labels["finetune.dev/attempt"]),
                 pod_shape=labels["finetune.dev/pod-shape"],
-                deleting=False,
-                state=ChildState.ACTIVE,
-                reason="",
-                message="",
                 created_at=self.now,
-                finished_at=None,
+                nodes=manifest["spec"]["completions"],
+                snapshot=parse_snapshot(manifest["metadata"].get("annotations", {})),
+                suspended=manifest["spec"].get("suspend", False),
+                queue=labels.get("kueue.x-k8s.io/queue-name"),
+                queue_request=manifest["metadata"].get("annotations", {}).get("finetune.dev/queue", ""),
             )
         if next(done, None) is None:
             return
@@ -173,43 +245,68 @@ class World:
         self.generation += 1
         return self
 
-    def pod(self, **fields: Any) -> "World":
-        """Show or change the pod of the newest attempt."""
-        child = max(self.children.values(), key=lambda each: each.attempt)
-        known = self.pods.get(child.name) or PodView(
-            name=f"{child.name}-0",
-            uid="p",
-            resource_version="1",
-            child=child.name,
-            run=child.run,
-            attempt=child.attempt,
-            phase="Pending",
-            node="n1",
-            deleting=False,
-            image="trainer:1",
-            scheduled=True,
-            unscheduled_reason=None,
-            unscheduled_message=None,
-            waiting_reason=None,
-            waiting_message=None,
-            started_at=None,
-            finished_at=None,
-            exit_code=None,
-            termination_reason=None,
-            termination_message=None,
-            pod_reason=None,
-            pod_message=None,
-        )
-        self.pods[child.name] = replace(known, **fields)
+    def put_profile(self, name: str = "team", **spec: Any) -> "World":
+        """Create or change a profile."""
+        known = self.profiles.get(name)
+        metadata = {
+            "name": name,
+            "uid": f"uid-{name}",
+            "resourceVersion": "1",
+            "generation": known.generation + 1 if known else 1,
+        }
+        self.profiles[name] = project_profile({"metadata": metadata, "spec": spec}).content
+        return self
+
+    def drop_profile(self, name: str = "team") -> "World":
+        self.profiles.pop(name, None)
+        return self
+
+    def pod(self, index: int = 0, **fields: Any) -> "World":
+        """Show or change a pod of the newest attempt."""
+        child = self.newest
+        name = f"{child.name}-{index}"
+        created = {"child": child.name, "run": child.run, "attempt": child.attempt, "index": index, "created_at": self.now}
+        known = self.pods.get(name) or build_pod(name=name, uid=f"uid-{name}-{self.now}", phase="Pending", **created)
+        self.pods[name] = replace(known, **fields)
+        return self
+
+    def admit(self) -> "World":
+        """Let the queue admit the newest attempt. As in the store, what its pods were before is forgotten."""
+        self.children[self.newest.name] = replace(self.newest, suspended=False)
+        self.former_pods = {}
+        return self
+
+    def suspend_child(self) -> "World":
+        """Let the queue evict the newest attempt, whose pods the Job controller begins to delete."""
+        self.children[self.newest.name] = replace(self.newest, suspended=True)
+        for pod in [pod for pod in self.pods.values() if pod.child == self.newest.name and not pod.is_ended]:
+            self.pods[pod.name] = replace(pod, deleting=True, deleted_at=self.now)
+        return self
+
+    def evict(self) -> "World":
+        """Let the queue evict the newest attempt, and its pods be gone."""
+        self.suspend_child()._stop_pods(self.newest.name)
         return self
 
     def run(self) -> "World":
-        return self.pod(phase="Running", started_at=self.now).settle()
+        """Let all trainers of the newest attempt run."""
+        for index in range(self.newest.nodes):
+            self.pod(index, phase="Running", started_at=self.now)
+        return self.settle()
 
-    def end(self, code: int, *, message: str | TrainerReport | None = None, reason: str = "Error", **fields: Any) -> "World":
-        """Let the trainer of the newest attempt end, before its Job shows that."""
+    def end(
+        self,
+        code: int,
+        *,
+        index: int = 0,
+        message: str | TrainerReport | None = None,
+        reason: str = "Error",
+        **fields: Any,
+    ) -> "World":
+        """Let a trainer of the newest attempt end, before its Job shows that."""
         text = message.model_dump_json(by_alias=True) if isinstance(message, TrainerReport) else message
         return self.pod(
+            index,
             phase="Succeeded" if code == 0 else "Failed",
             exit_code=code,
             finished_at=self.now,
@@ -223,41 +320,56 @@ class World:
         return self.exit_unseen(code, **fields).settle()
 
     def exit_unseen(self, code: int, **fields: Any) -> "World":
-        """Let the newest attempt end before the operator has a look."""
+        """Let the newest attempt end before the operator has a look: with one trainer, the others end as well."""
         self.end(code, **fields)
+        for index in range(self.newest.nodes):
+            if index != fields.get("index", 0):
+                self.end(0 if code == 0 else 76, index=index)
         self.finish(ChildState.COMPLETE if code == 0 else ChildState.FAILED)
         return self
 
     def disrupt(self, code: int = 75, *, message: TrainerReport | None = None) -> "World":
-        """Evict the pod of the newest attempt; it is gone before its Job fails."""
+        """Evict the first pod of the newest attempt; it is gone before its Job fails, and the others save and leave as well."""
         self.end(code, message=message, deleting=True, disruption_reason="EvictionByEvictionAPI").forget()
+        for index in range(1, self.newest.nodes):
+            self.end(75, index=index)
         self.finish(ChildState.FAILED)
         return self.settle()
 
-    def forget(self) -> "World":
-        """Remove the pod of the newest attempt; the store keeps its last view."""
-        name = max(self.children.values(), key=lambda each: each.attempt).name
+    def forget(self, index: int = 0) -> "World":
+        """Remove a pod of the newest attempt; the store keeps its last view."""
+        name = f"{self.newest.name}-{index}"
         self.former_pods = {name: self.pods.pop(name)}
         return self
 
     def finish(self, state: ChildState) -> None:
-        name = max(self.children.values(), key=lambda each: each.attempt).name
+        name = self.newest.name
         self.children[name] = replace(self.children[name], state=state, finished_at=self.now, reason="BackoffLimitExceeded")
+
+    def finish_failed(self) -> "World":
+        """Let the Job of the newest attempt be shown as failed."""
+        self.finish(ChildState.FAILED)
+        return self
 
     def collect(self) -> "World":
         """Let the garbage collector finish the deletions that were asked for."""
         for name in [name for name, child in self.children.items() if child.deleting]:
             del self.children[name]
-            self._stop_pod(name)
+            self._stop_pods(name)
         return self.settle()
 
-    def _stop_pod(self, name: str) -> None:
-        """Let the trainer save and leave, as SIGTERM makes it do, and its pod be gone."""
-        pod = self.pods.pop(name, None)
-        if pod is not None and pod.started_at and not pod.is_ended:
-            pod = replace(pod, phase="Failed", exit_code=75, finished_at=self.now, deleting=True)
-        if pod is not None:
-            self.former_pods = {name: pod}
+    def _stop_pods(self, child: str) -> None:
+        """Let the trainers save and leave, as SIGTERM makes them do, and their pods be gone."""
+        stopped = [pod for pod in self.pods.values() if pod.child == child]
+        for pod in stopped:
+            del self.pods[pod.name]
+        if stopped:
+            self.former_pods = {pod.name: self._stop(pod) for pod in stopped}
+
+    def _stop(self, pod: PodView) -> PodView:
+        if pod.started_at is None or pod.is_ended:
+            return pod
+        return replace(pod, phase="Failed", exit_code=75, finished_at=self.now, deleting=True, deleted_at=self.now)
 
     def save(self, step: int = 100) -> "World":
         """Let the trainer of the newest attempt save and tell of it."""
@@ -267,7 +379,7 @@ class World:
         return CheckpointStatus(step=step, samples=32 * step, time=self.now, attempt=self.status.attempt)
 
     def post(self, **fields: Any) -> "World":
-        attempt = max(self.children.values(), key=lambda each: each.attempt)
+        attempt = self.newest
         checkpoint = fields.pop("checkpoint", None)
         report = build_report(trainer_status=TrainerStatus.model_validate(fields), checkpoint=checkpoint)
         self.report = ReceivedReport(run=attempt.run, attempt=attempt.attempt, received_at=self.now, report=report)

@@ -2,9 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from finetune_api.contract import DeviceType, ExitCode
 from finetune_api.v1alpha1 import Precision
 from finetune_trainer.budget import Budget, read_process_start
-from finetune_trainer.device import count_cpus, select_device
+from finetune_trainer.device import Device, count_cpus, select_device
+from finetune_trainer.errors import InvalidSpecError
 
 AVAILABLE = len(os.sched_getaffinity(0))
 
@@ -49,6 +52,28 @@ def test_quota_above_the_cores_gives_the_cores(tmp_path: Path) -> None:
 def test_precision_of_the_user_is_kept() -> None:
     assert select_device(Precision.FP32).precision is Precision.FP32
     assert select_device(Precision.BF16).precision is Precision.BF16
+
+
+@pytest.mark.parametrize("wanted", [DeviceType.CUDA, DeviceType.XLA, DeviceType.HPU])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_wanted_device_that_is_missing_is_named(wanted: DeviceType) -> None:
+    with pytest.raises(InvalidSpecError, match=rf"spec\.accelerator asks for a device of type {wanted.value}") as caught:
+        select_device(Precision.AUTO, wanted)
+
+    assert caught.value.reason == "DeviceMissing"
+    assert caught.value.exit_code is ExitCode.INVALID_SPEC
+
+
+def test_device_is_the_one_that_is_wanted() -> None:
+    assert select_device(Precision.AUTO, DeviceType.CPU) == Device("cpu", Precision.FP32)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("cpu", DeviceType.CPU), ("cuda", DeviceType.CUDA), ("cuda:3", DeviceType.CUDA), ("xla:0", DeviceType.XLA)],
+)
+def test_type_of_a_device_is_in_its_name(name: str, expected: DeviceType) -> None:
+    assert Device(name, Precision.FP32).type is expected
 
 
 def test_budget_counts_from_its_start() -> None:

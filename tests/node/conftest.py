@@ -1,6 +1,7 @@
 """A real node for the tests: kubelet, containerd, both images and the chart."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ class Namespace:
         cluster_client.ensure_namespace(name)
         self.datasets = cluster_client.ensure_volume("datasets", namespace=name)
         self.models = cluster_client.ensure_volume("models", namespace=name)
+        # The cluster keeps volumes, and a model that an earlier run of the tests published would be taken as it is.
+        for folder in self.models.iterdir():
+            shutil.rmtree(folder)
 
     def remove(self) -> None:
         """Delete the namespace with its volumes."""

@@ -8,6 +8,8 @@ from typing import get_args
 
 import pytest
 import yaml
+from finetune_api.base import ApiModel
+from finetune_api.profile import FineTuneProfile
 from finetune_api.v1alpha1 import FineTuneJob, StateReason
 from finetune_operator.state import Phase
 
@@ -115,16 +117,30 @@ def test_sources_are_ascii() -> None:
     assert [] == [_name(path) for path in files]
 
 
+_MODELS: dict[str, type[ApiModel]] = {"FineTuneJob": FineTuneJob, "FineTuneProfile": FineTuneProfile}
+
+
 @pytest.mark.parametrize("path", _list_files("examples/*.yaml"), ids=_name)
 def test_examples_are_valid(path: Path) -> None:
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
     assert documents
     for document in documents:
-        assert ("finetune.dev/v1alpha1", "FineTuneJob") == (document["apiVersion"], document["kind"])
-        job = FineTuneJob.model_validate(document)
-        known = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        assert "finetune.dev/v1alpha1" == document["apiVersion"]
+        parsed = _MODELS[document["kind"]].model_validate(document)
+        known = parsed.model_dump(mode="json", by_alias=True, exclude_unset=True)
         assert document["spec"] == known["spec"], "the example has fields that the API does not know"
+
+
+@pytest.mark.parametrize("path", _list_files("docs/tasks/*.md"), ids=_name)
+def test_jobs_in_the_docs_are_valid(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    documents = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+
+    for document in documents:
+        if document.get("kind") == "FineTuneJob":
+            job = FineTuneJob.model_validate(document)
+            assert document["spec"] == job.model_dump(mode="json", by_alias=True, exclude_unset=True)["spec"]
 
 
 @pytest.mark.parametrize("path", _list_files("*.md"), ids=_name)

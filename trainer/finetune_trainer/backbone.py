@@ -316,7 +316,7 @@ def _measure_features(model: nn.Module, architecture: Architecture) -> tuple[Arc
     size = architecture.preprocessing.image_size
     x_BCHW = torch.zeros(2, 3, size, size)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             own_BD = model(x_BCHW)
             if own_BD.ndim != 2:
                 raise InvalidSpecError(

@@ -5,6 +5,7 @@ TrainerError
 |-- InvalidDataError     65  the data cannot be learnt from
 |-- DivergedError        70  the loss is no longer a number
 |-- PreemptedError       75  asked to stop; what was done is saved
+|-- PeerLostError        76  another process of the job ended
 |-- ModelNotFoundError   78  the pretrained model is not where the job says
 |-- OutOfMemoryError      1  one picture at a time is already too much
 `-- StorageError          1  the checkpoints or the model cannot be stored
@@ -56,6 +57,12 @@ class PreemptedError(TrainerError):
     """The process was asked to stop, and what was done is saved."""
 
     exit_code = ExitCode.PREEMPTED
+
+
+class PeerLostError(TrainerError):
+    """Another process of the job ended, or never came."""
+
+    exit_code = ExitCode.PEER_LOST
 
 
 class ModelNotFoundError(TrainerError):

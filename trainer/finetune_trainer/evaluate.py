@@ -3,7 +3,6 @@
 Shapes: N examples, K classes.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Evaluation:
     """Per-class values, confusion matrix and calibration, as JSON data."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compute_logits(
     model: nn.Module,
     pixels_NHWC: Tensor,
@@ -63,18 +62,15 @@ def compute_logits(
     model.eval()
     memory = memory or MicroBatches()
 
-    def compute(index_B: Tensor, parts: int) -> Tensor:
-        rows = []
-        for index_b in index_B.chunk(parts):
-            pixels_bHWC = pixels_NHWC[index_b.to(pixels_NHWC.device)].to(device.name)
-            with device.autocast():
-                rows.append(model(preprocessing.normalise(pixels_bHWC.permute(0, 3, 1, 2))).float().cpu())
-        return torch.cat(rows)
+    def compute(index_b: Tensor) -> Tensor:
+        pixels_bHWC = pixels_NHWC[index_b.to(pixels_NHWC.device)].to(device.name)
+        with device.autocast():
+            return model(preprocessing.normalise(pixels_bHWC.permute(0, 3, 1, 2))).float().cpu()  # type: ignore[no-any-return]
 
     logits = []
-    for index_B in torch.split(index_N, BATCH_SIZE):
+    for index_B in torch.split(index_N, BATCH_SIZE * memory.group.size):
         check()
-        logits.append(memory.run(functools.partial(compute, index_B), batch_size=len(index_B)))
+        logits.append(memory.map(compute, index_B, share=BATCH_SIZE))
     return torch.cat(logits)
 
 

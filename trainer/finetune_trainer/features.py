@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finetune_trainer.backbone import Backbone
 from finetune_trainer.device import Device
+from finetune_trainer.distributed import Group
 from finetune_trainer.durable import write_file
 from finetune_trainer.errors import PreemptedError
 from finetune_trainer.memory import MicroBatches
@@ -61,28 +62,35 @@ def compute_features(
     What was computed goes into the cache at least every `interval_seconds`, which `kept` is told.
     """
     folder = cache / compute_key(backbone, device=device)
-    known = _read_shards(folder)
+    memory = memory or MicroBatches()
+    known = _read_cache(folder, memory.group)
     num_cached = sum(digest in known for digest in digests)
     missing = {digest: int(index) for digest, index in zip(digests, index_N, strict=True) if digest not in known}
     started = written = time.perf_counter()
-    memory = memory or MicroBatches()
+
+    def extract(index_b: Tensor) -> Tensor:
+        pixels_bHWC = pixels_NHWC[index_b.to(pixels_NHWC.device)].to(device.name)
+        with torch.no_grad(), device.autocast():
+            x_bCHW = backbone.architecture.preprocessing.normalise(pixels_bHWC.permute(0, 3, 1, 2))
+            return backbone.extract(x_bCHW).float().cpu()
+
     fresh: dict[str, Tensor] = {}
     try:
-        for names in _batched(list(missing), BATCH_SIZE):
+        for names in _batched(list(missing), BATCH_SIZE * memory.group.size):
             check()
-            batch = pixels_NHWC[torch.tensor([missing[name] for name in names])]
-            fresh |= zip(names, _extract(backbone, batch, device=device, memory=memory), strict=True)
+            index_B = torch.tensor([missing[name] for name in names])
+            fresh |= zip(names, memory.map(extract, index_B, share=BATCH_SIZE), strict=True)
             advance(len(known.keys() | fresh.keys()) / max(1, len(set(digests))))
             if len(fresh) >= PICTURES_PER_SHARD or time.perf_counter() - written >= interval_seconds:
-                known |= _write_shard(folder, fresh, report=memory.report)
+                known |= _write_shard(folder, fresh, memory)
                 fresh, written = {}, time.perf_counter()
                 kept()
     except PreemptedError:
-        _write_shard(folder, fresh, report=memory.report)
+        _write_shard(folder, fresh, memory)
         kept()
         raise
     compute_seconds = time.perf_counter() - started
-    known |= _write_shard(folder, fresh, report=memory.report)
+    known |= _write_shard(folder, fresh, memory)
     f_ND = torch.stack([known[digest] for digest in digests])
     return Features(f_ND, num_cached, compute_seconds, len(missing))
 
@@ -97,45 +105,48 @@ def compute_key(backbone: Backbone, *, device: Device) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _extract(backbone: Backbone, pixels_BHWC: Tensor, *, device: Device, memory: MicroBatches) -> Tensor:
-    def extract(parts: int) -> Tensor:
-        rows = []
-        for pixels_bHWC in pixels_BHWC.chunk(parts):
-            with torch.inference_mode(), device.autocast():
-                x_bCHW = backbone.architecture.preprocessing.normalise(pixels_bHWC.to(device.name).permute(0, 3, 1, 2))
-                rows.append(backbone.extract(x_bCHW).float().cpu())
-        return torch.cat(rows)
-
-    return memory.run(extract, batch_size=len(pixels_BHWC))
-
-
 def _batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
     return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _read_cache(folder: Path, group: Group) -> dict[str, Tensor]:
+    """Return what rank 0 finds in the cache, so that all processes compute the same rest."""
+    known = _read_shards(folder) if group.is_main else {}
+    return known if group.size == 1 else _unpack(group.broadcast_tensors(_pack(known)))
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     known: dict[str, Tensor] = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
-            shard = safetensors.torch.load_file(path)
-            names = [bytes(row).hex() for row in shard["digests"].numpy()]
-            known |= zip(names, shard["features"], strict=True)
+            known |= _unpack(safetensors.torch.load_file(path))
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             logger.warning("skipping the features in %s: %s", path, error)
     return known
 
 
-def _write_shard(folder: Path, features: dict[str, Tensor], *, report: Callable[[str], None]) -> dict[str, Tensor]:
+def _write_shard(folder: Path, features: dict[str, Tensor], memory: MicroBatches) -> dict[str, Tensor]:
     """Add the features to the cache and return them; a full disk only means that a restart computes them again."""
-    if not features:
+    if not features or not memory.group.is_main:
         return features
-    rows = np.stack([np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in features])
-    content = safetensors.torch.save({"digests": torch.from_numpy(rows), "features": torch.stack(list(features.values()))})
+    content = safetensors.torch.save(_pack(features))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors", content)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        report(f"features could not be kept on disk ({error.strerror}); a restart would compute them again")
+        memory.report(f"features could not be kept on disk ({error.strerror}); a restart would compute them again")
     return features
+
+
+def _pack(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    rows = [np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in features]
+    return {"digests": torch.from_numpy(np.stack(rows)), "features": torch.stack(list(features.values()))} if features else {}
+
+
+def _unpack(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not shard:
+        return {}
+    names = [bytes(row).hex() for row in shard["digests"].numpy()]
+    return dict(zip(names, shard["features"], strict=True))

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune_trainer.backbone import Classifier, Preprocessing
-from finetune_trainer.batches import TrainingSet, draw_batch, mix_seed
+from finetune_trainer.batch_statistics import share_batch_statistics
+from finetune_trainer.batches import Share, TrainingSet, draw_batch, mix_seed
 from finetune_trainer.device import Device
+from finetune_trainer.distributed import Group
 from finetune_trainer.errors import DivergedError, PreemptedError
 from finetune_trainer.guard import MAX_ROLLBACKS, RATE_FACTOR, STEPS_BETWEEN_VERDICTS, find_trouble
 from finetune_trainer.learner import Learner, Snapshot, Weights, build_learner, compute_average_weight
@@ -72,9 +74,20 @@ class Course:
     device: Device
     seed: int
     num_classes: int
+    memory: MicroBatches
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of examples in each step, over all processes."""
+        return min(self.recipe.batch_size, len(self.training.index_N))
+
+    def list_runs(self, parts: int) -> list[slice]:
+        """Return where the examples of this process are in each batch."""
+        group = self.memory.group
+        return Share(group.rank, group.size).list_runs(self.batch_size, parts=parts)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the pictures and labels of a step."""
+        """Return the pictures and labels of this process in a step."""
         recipe = self.recipe
         return draw_batch(
             self.training,
@@ -83,7 +96,18 @@ class Course:
             seed=self.seed,
             smallest_crop=recipe.smallest_crop,
             device=self.device.name,
+            runs=self.list_runs(min(self.memory.parts, self.batch_size)),
         )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What all processes do next, as rank 0 decides by its clock."""
+
+    stop: PreemptedError | None
+    steps_left: int
+    is_due: bool
+    """Whether it is time for a snapshot."""
 
 
 @dataclass
@@ -141,9 +165,10 @@ def finetune(
     With a keeper, the training goes on from the newest snapshot, and the bits of the result are those of an unbroken run.
     """
     memory = memory or MicroBatches()
-    course = Course(training, recipe, preprocessing, device, seed, model.head.out_features)
+    course = Course(training, recipe, preprocessing, device, seed, model.head.out_features, memory)
     start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    learner = build_learner(model, group_parameters(model, recipe), parts=memory.parts)
+    sample = preprocessing.normalise(training.pixels_NHWC[:1].permute(0, 3, 1, 2).to(device.name))
+    learner = build_learner(model, group_parameters(model, recipe), sample=sample, memory=memory, device=device)
     if keeper and (kept := keeper.load()):
         step_seconds = learner.restore(kept)
         memory.parts = learner.parts
@@ -153,25 +178,15 @@ def finetune(
     saved, note = learner.pace.done, None
     with Prefetcher(course.draw, num_workers=num_workers) as batches:
         while learner.pace.progress < 1.0:
-            try:
-                check()
-            except PreemptedError:
-                if learner.pace.done > saved:
-                    _save(keeper, learner, meter, course)
-                raise
-            if keeper and keeper.is_due() and learner.pace.done > saved and _save(keeper, learner, meter, course):
-                saved = learner.pace.done
-            # A step that took longer than expected may leave no time for the last one, which brings the rate to zero.
-            steps_left = max(
-                1,
-                count_steps_left(
-                    learner.pace.done,
-                    planned=recipe.planned_steps,
-                    seconds_left=seconds_left(),
-                    step_seconds=meter.step_seconds,
-                ),
+            steps_left = count_steps_left(
+                learner.pace.done, planned=recipe.planned_steps, seconds_left=seconds_left(), step_seconds=meter.step_seconds
             )
-            _train_step(learner, course, meter, steps_left=steps_left, batches=batches, memory=memory)
+            turn = _take_turn(memory.group, check, steps_left=steps_left, is_due=keeper is not None and keeper.is_due())
+            if (turn.stop or turn.is_due) and learner.pace.done > saved and _save(keeper, learner, meter, course):
+                saved = learner.pace.done
+            if turn.stop:
+                raise turn.stop
+            _train_step(learner, course, meter, steps_left=turn.steps_left, batches=batches)
             done, is_last = learner.pace.done, learner.pace.progress >= 1.0
             if done % STEPS_BETWEEN_VERDICTS == 0 or is_last:
                 device.synchronize()
@@ -182,18 +197,34 @@ def finetune(
                     continue
             if done % STEPS_BETWEEN_VERDICTS == 0 or is_last or time.perf_counter() - meter.noted > SECONDS_BETWEEN_NOTES:
                 device.synchronize()
-                note = meter.describe(learner.pace, steps_left - 1)
+                note = meter.describe(learner.pace, turn.steps_left - 1)
                 advance(note)
     assert note is not None, "the loop ends with a note"
     return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, learner.average), note
 
 
-def _train_step(
-    learner: Learner, course: Course, meter: Meter, *, steps_left: int, batches: Prefetcher, memory: MicroBatches
-) -> None:
+def _take_turn(group: Group, check: Callable[[], None], *, steps_left: int, is_due: bool) -> Turn:
+    """Agree on what comes next, so that neither clocks nor signals ever lead the processes apart."""
+    stop: PreemptedError | None = None
+    try:
+        check()
+    except PreemptedError as error:
+        stop = error
+    # A step that took longer than expected may leave no time for the last one, which brings the rate to zero.
+    steps_left = max(1, steps_left)
+    if group.size > 1:
+        own = (float(steps_left), float(is_due)) if group.is_main else (0.0, 0.0)
+        stops, steps, due = group.agree((float(stop is not None), *own))
+        steps_left, is_due = int(steps), bool(due)
+        if stops and stop is None:
+            stop = PreemptedError("Preempted", "another process of the job was asked to stop; what was done is saved")
+    return Turn(stop, steps_left, is_due)
+
+
+def _train_step(learner: Learner, course: Course, meter: Meter, *, steps_left: int, batches: Prefetcher) -> None:
     """Do one step of the optimizer."""
     begin = time.perf_counter()
-    pace, recipe = learner.pace, course.recipe
+    pace, recipe, memory = learner.pace, course.recipe, course.memory
     stride = pace.next_stride(steps_left)
     x_BCHW, y_B = batches.get(pace.done)
     meter.wait_seconds += time.perf_counter() - begin
@@ -206,28 +237,37 @@ def _train_step(
             buffer.copy_(value)
         return _compute_gradients(learner, course, x_BCHW, y_B, parts=parts)
 
-    loss = memory.run(compute, batch_size=len(y_B))
+    loss = memory.group.sum(memory.run(compute, batch_size=course.batch_size))
     learner.parts = memory.parts
-    nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm, foreach=True)
+    nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
     learner.optimizer.step()
+    course.device.finish_step()
     learner.update_average(compute_average_weight(stride, horizon=recipe.ema_horizon))
     learner.pace = pace.step(steps_left)
     learner.recent.append(loss)
-    meter.add(time.perf_counter() - begin, images=len(y_B), loss=loss)
+    meter.add(time.perf_counter() - begin, images=course.batch_size, loss=loss)
     logger.debug("step %d done", learner.pace.done)
 
 
 def _compute_gradients(learner: Learner, course: Course, x_BCHW: Tensor, y_B: Tensor, *, parts: int) -> Tensor:
-    """Leave the gradients of the mean loss over the batch at the weights, and return that loss; parts bound the memory."""
+    """Leave the gradients of the mean loss over the batch at the weights; parts bound the memory.
+
+    What is returned is this process's share of that loss.
+    """
+    group = course.memory.group
     learner.optimizer.zero_grad()
-    # Dropout depends on the step alone.
-    torch.manual_seed(mix_seed(course.seed, learner.pace.done))
+    # Dropout depends on the step alone, and on which pictures a process has.
+    seed = mix_seed(course.seed, learner.pace.done)
+    torch.manual_seed(mix_seed(seed, group.rank) if group.rank else seed)
     total = torch.zeros((), device=x_BCHW.device)
-    for x_bCHW, y_b in zip(x_BCHW.chunk(parts), y_B.chunk(parts), strict=True):
-        share = len(y_b) / len(y_B)
-        with course.device.autocast():
-            loss = functional.cross_entropy(learner.model(course.preprocessing.normalise(x_bCHW)), y_b) * share
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    sizes = [run.stop - run.start for run in course.list_runs(parts)]
+    for number, (x_bCHW, y_b) in enumerate(zip(torch.split(x_BCHW, sizes), torch.split(y_B, sizes), strict=True), start=1):
+        with group.exchanging(learner.forward, is_last=number == len(sizes)), share_batch_statistics(group, course.device):
+            with course.device.autocast():
+                z_bK = learner.forward(course.preprocessing.normalise(x_bCHW))
+                loss = functional.cross_entropy(z_bK, y_b) * (len(y_b) / course.batch_size) if len(y_b) else z_bK.sum()
+            # The exchange of gradients gives their mean over the processes; here it must be their sum.
+            (loss * group.size).backward()
         total += loss.detach()
     return total
 

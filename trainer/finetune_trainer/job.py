@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from finetune_trainer.backbone import Backbone, Classifier
 from finetune_trainer.budget import Budget
-from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.data import Split
 from finetune_trainer.dataset import Dataset
 from finetune_trainer.device import Device
+from finetune_trainer.distributed import Group, StopNotice
 from finetune_trainer.evaluate import compute_logits
 from finetune_trainer.learner import Weights
 from finetune_trainer.memory import MicroBatches
 from finetune_trainer.probe import Head
 from finetune_trainer.progress import Progress
+from finetune_trainer.shared_checkpoints import SharedCheckpoints
 
 # Accuracy on the training data is measured on this many examples, which is enough to see overfitting.
 MAX_TRAIN_EVALUATED = 512
@@ -35,11 +36,21 @@ class Job:
     backbone: Backbone
     dataset: Dataset
     progress: Progress
-    check: Callable[[], None]
-    checkpoints: Checkpoints
+    stop: StopNotice
+    checkpoints: SharedCheckpoints
     memory: MicroBatches
     num_workers: int = 0
     """Number of threads that draw batches ahead."""
+
+    @property
+    def group(self) -> Group:
+        """Return the processes that work on the job."""
+        return self.memory.group
+
+    @property
+    def check(self) -> Callable[[], None]:
+        """Return what raises PreemptedError when the job is to stop, for work that each process does by itself."""
+        return self.stop.check
 
     @property
     def work(self) -> Path:
@@ -102,7 +113,7 @@ def classify(job: Job, model: nn.Module, index_N: Tensor) -> Tensor:
         index_N,
         preprocessing=job.backbone.architecture.preprocessing,
         device=job.device,
-        check=job.check,
+        check=job.stop.check_together,
         memory=job.memory,
     )
 

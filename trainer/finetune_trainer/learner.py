@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune_trainer.backbone import Classifier
+from finetune_trainer.device import Device
 from finetune_trainer.guard import MAX_LEVELS
+from finetune_trainer.memory import MicroBatches
 from finetune_trainer.schedule import Pace
 
 Weights = dict[str, Tensor]
@@ -34,6 +36,8 @@ class Learner:
     """A model that is being trained."""
 
     model: Classifier
+    forward: nn.Module
+    """The model, or what wraps it to average the gradients of all processes."""
     optimizer: torch.optim.Optimizer
     average: Weights
     pace: Pace = field(default_factory=Pace)
@@ -110,12 +114,14 @@ class Learner:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter in self.optimizer.state]
 
 
-def build_learner(model: Classifier, groups: list[dict[str, object]], *, parts: int) -> Learner:
-    """Return the model with a fresh optimizer and an average that starts at the weights."""
-    optimizer = torch.optim.AdamW(groups, fused=True)
+def build_learner(
+    model: Classifier, groups: list[dict[str, object]], *, sample: Tensor, memory: MicroBatches, device: Device
+) -> Learner:
+    """Return the model, whose inputs are like the sample, with a fresh optimizer and an average that starts at the weights."""
+    optimizer = torch.optim.AdamW(groups, **device.optimizer_options)
     prepare_optimizer(optimizer)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return Learner(model, optimizer, average, parts=parts)
+    return Learner(model, memory.group.wrap(model, sample), optimizer, average, parts=memory.parts)
 
 
 def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:

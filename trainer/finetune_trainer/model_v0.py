@@ -70,7 +70,7 @@ def _compute_features(job: Job, index_N: Tensor) -> Features:
         [job.dataset.digests[int(index)] or "" for index in index_N],
         device=job.device,
         cache=job.work / "features",
-        check=job.check,
+        check=job.stop.check_together,
         advance=job.progress.advance,
         interval_seconds=job.config.checkpoint_interval_seconds,
         memory=job.memory,
@@ -79,6 +79,7 @@ def _compute_features(job: Job, index_N: Tensor) -> Features:
 
 
 def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
+    """Return the probe that rank 0 fits: the others fit it as well, from the same features, but rounding differs by processor."""
     kept = job.checkpoints.load(PROBE)
     if kept is not None:
         return Probe(Head(kept.tensors["weight"], kept.tensors["bias"]), **kept.state)
@@ -91,12 +92,11 @@ def _fit_probe(job: Job, f_ND: Tensor) -> Probe:
         trials=_load_trials(job),
         keep=lambda trials, leaving: _keep_trials(job, trials, leaving=leaving),
     )
-    job.checkpoints.save(
-        PROBE,
-        tensors={"weight": probe.head.weight_KD, "bias": probe.head.bias_K},
-        state={"strength": probe.strength, "cv_accuracy": probe.cv_accuracy, "cv_nll": probe.cv_nll},
-    )
-    return probe
+    tensors = {"weight": probe.head.weight_KD, "bias": probe.head.bias_K}
+    state = {"strength": probe.strength, "cv_accuracy": probe.cv_accuracy, "cv_nll": probe.cv_nll}
+    job.checkpoints.save(PROBE, tensors=tensors, state=state)
+    tensors = job.group.broadcast_tensors(tensors)
+    return Probe(Head(tensors["weight"], tensors["bias"]), **job.group.broadcast_json(state))
 
 
 def _load_trials(job: Job) -> Trials | None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune_trainer.backbone import Classifier
-from finetune_trainer.batches import TrainingSet, draw_batch
+from finetune_trainer.batch_statistics import share_batch_statistics
+from finetune_trainer.batches import Share, TrainingSet, draw_batch
 from finetune_trainer.data import Split
 from finetune_trainer.evaluate import fit_temperature
 from finetune_trainer.finetune import FineTuned
@@ -37,7 +38,8 @@ def select_model(job: Job, probe: Choice, head: Head, tuned: FineTuned, recipe: 
         if name != PROBE:
             logits[name] = contest.classify(name, Split.VAL)
     scores = tuple(score_logits(name, logits[name], y_val) for name in contest.candidates)
-    best = choose(scores, len(y_val))
+    chosen_name = job.group.broadcast_json(choose(scores, len(y_val)).name)
+    best = next(score for score in scores if score.name == chosen_name)
     if best.name == PROBE:
         return Choice(PROBE, probe.weights, probe.temperature, probe.logits, scores)
     chosen = {split: contest.classify(best.name, split) for split in job.evaluated}
@@ -124,7 +126,7 @@ def _show_training_pictures(job: Job, model: Classifier, recipe: Recipe) -> None
     train_N = job.dataset.positions[Split.TRAIN]
     training = TrainingSet(job.dataset.pixels_NHWC, train_N, job.dataset.targets(Split.TRAIN))
     for step in range(min(BATCHES_FOR_STATISTICS, count_steps_per_epoch(len(train_N), recipe.batch_size))):
-        job.check()
+        job.stop.check_together()
         x_BCHW, _ = draw_batch(
             training,
             step,
@@ -132,6 +134,7 @@ def _show_training_pictures(job: Job, model: Classifier, recipe: Recipe) -> None
             seed=job.config.hyperparameters.seed,
             smallest_crop=1.0,
             device=job.device.name,
+            runs=Share(job.group.rank, job.group.size).list_runs(min(recipe.batch_size, len(train_N)), parts=1),
         )
-        with job.device.autocast():
+        with job.device.autocast(), share_batch_statistics(job.group, job.device):
             model(job.backbone.architecture.preprocessing.normalise(x_BCHW))

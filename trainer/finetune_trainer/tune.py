@@ -118,7 +118,7 @@ def _make_plan(job: Job, v0: ModelV0) -> Plan:
     )
     plan = replace(plan, reason_to_skip=reason)
     job.checkpoints.save(PLAN, tensors={}, state=asdict(plan))
-    return plan
+    return _parse_plan(job.group.broadcast_json(asdict(plan)))
 
 
 def _load_plan(job: Job) -> Plan | None:
@@ -127,7 +127,11 @@ def _load_plan(job: Job) -> Plan | None:
     kept = steps.state["plan"] if steps else None
     if kept is None and (checkpoint := job.checkpoints.load(PLAN)):
         kept = checkpoint.state
-    return None if kept is None else Plan(**{**kept, "recipe": Recipe(**kept["recipe"])})
+    return None if kept is None else _parse_plan(kept)
+
+
+def _parse_plan(content: dict[str, Any]) -> Plan:
+    return Plan(**{**content, "recipe": Recipe(**content["recipe"])})
 
 
 def find_reason_to_skip(
@@ -180,7 +184,7 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
         device=job.device,
         step_seconds=plan.step_seconds,
         seconds_left=lambda: _count_seconds_left(job, plan),
-        check=job.check,
+        check=job.stop.check_here,
         advance=advance,
         keeper=StepKeeper(job, plan),
         memory=job.memory,

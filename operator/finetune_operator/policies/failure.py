@@ -14,6 +14,8 @@ from finetune_api.v1alpha1 import Failure, FailureAction, FailureRule, FineTuneJ
 from finetune_operator.observed import ChildView, PodView
 
 OUT_OF_MEMORY = "OOMKilled"
+# As the kernel says it, and as trainers do whose processes could not split a batch on their own.
+MEMORY_REASONS = frozenset({OUT_OF_MEMORY, "OutOfMemory"})
 NODE_LOST = "NodeLost"
 
 _MAX_LOG_TAIL = 1024
@@ -40,7 +42,7 @@ _POD_REASONS = {
 }
 # Exit codes that a deletion of the pod leads to: saved and left, ended by SIGTERM, ended by SIGKILL.
 _DELETED = frozenset({ExitCode.PREEMPTED.value, 143, 137})
-_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost"})
+_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost", "QueueEvicted"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +106,23 @@ def _classify(child: ChildView, pod: PodView | None, *, report: TrainerReport | 
     return Row(reason="PodLost", message=message, action=FailureAction.RETRY_FREE)
 
 
+def find_disruption_reason(pod: PodView) -> str | None:
+    """Return who ended a pod for a cause that is not its own, by what users call it, or None if nothing tells of that."""
+    if pod.disruption_reason:
+        return _DISRUPTIONS.get(pod.disruption_reason, "Disrupted")
+    return _POD_REASONS.get(pod.pod_reason or "")
+
+
+def was_deleted(pod: PodView) -> bool:
+    """Return whether a pod ended as one does that somebody deletes."""
+    return pod.deleting and pod.termination_reason != OUT_OF_MEMORY and (pod.exit_code is None or pod.exit_code in _DELETED)
+
+
 def _find_disruption(pod: PodView) -> Row | None:
     """Return the row of a pod that was ended for a cause outside of it, or None."""
-    if pod.disruption_reason:
-        reason, detail = _DISRUPTIONS.get(pod.disruption_reason, "Disrupted"), pod.disruption_message or pod.disruption_reason
-    elif pod.pod_reason in _POD_REASONS:
-        reason, detail = _POD_REASONS[pod.pod_reason], pod.pod_message or pod.pod_reason
-    elif pod.deleting and pod.termination_reason != OUT_OF_MEMORY and (pod.exit_code is None or pod.exit_code in _DELETED):
+    if reason := find_disruption_reason(pod):
+        detail = pod.disruption_message or pod.disruption_reason or pod.pod_message or pod.pod_reason
+    elif was_deleted(pod):
         reason, detail = "PodDeleted", "somebody deleted it"
     else:
         return None
@@ -134,6 +146,10 @@ _EXITS = {
     ExitCode.INVALID_DATA.value: ("InvalidData", "the data in {spec.dataset.uri} cannot be learned from; mend it"),
     ExitCode.DIVERGED.value: ("Diverged", "the loss became infinite; lower spec.hyperparameters.learningRate"),
     ExitCode.PREEMPTED.value: ("Interrupted", "its trainer was told to stop, though nobody deleted the pod"),
+    ExitCode.PEER_LOST.value: (
+        "PeerLost",
+        "another trainer of the attempt did not answer, and no pod tells of a cause; check the network between the nodes",
+    ),
     ExitCode.MODEL_NOT_FOUND.value: ("ModelNotFound", "there is no model at {spec.model.uri}; check spec.model.uri"),
     137: ("Killed", "something ended it by SIGKILL, perhaps a process that ran out of memory"),
     143: ("Interrupted", "something ended it by SIGTERM, though nobody deleted the pod"),

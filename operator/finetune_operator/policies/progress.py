@@ -22,10 +22,14 @@ def parse_termination_message(message: str | None) -> TrainerReport | None:
         return None
 
 
+def find_last_word(pod: PodView | None) -> TrainerReport | None:
+    """Return the report that the trainer of a pod left when it ended, or None."""
+    return parse_termination_message(pod.termination_message) if pod else None
+
+
 def find_report(observed: Observed, child: ChildView, *, pod: PodView | None) -> TrainerReport | None:
     """Return the last word of an attempt: its termination message, else the last report that was received from it."""
-    final = parse_termination_message(pod.termination_message if pod else None)
-    if final:
+    if final := find_last_word(pod):
         return final
     received = observed.report
     if received and (received.run, received.attempt) == (child.run, child.attempt):

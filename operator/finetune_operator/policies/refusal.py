@@ -3,12 +3,15 @@
 # Parts of the API server's messages, the telling ones first. Sources, in the folder staging/src/k8s.io of Kubernetes:
 # apiserver/pkg/admission/plugin/{resourcequota,webhook,policy}, apiserver/pkg/admission/errors.go, pod-security-admission
 _CAUSES = (
+    ("does not serve ResourceClaimTemplate", "DeviceClaimsUnsupported", "accelerator.deviceClass needs Kubernetes 1.34 or later"),
     ("exceeded quota", "QuotaExceeded", "free some of the quota or have it raised; the operator tries again by itself"),
     ("failed quota", "QuotaExceeded", "the quota limits a resource that the pod does not ask for; ask its owner"),
     ("violates PodSecurity", "PodSecurityViolation", "ask for a namespace whose Pod Security level allows `restricted` pods"),
     ("failed calling webhook", "WebhookFailed", "the webhook does not answer; its owner has to mend it"),
     ("admission webhook", "AdmissionDenied", "ask the owner of the webhook"),
     ("ValidatingAdmissionPolicy", "AdmissionDenied", "ask the owner of the policy"),
+    ("conflict with", "FieldConflict", "another manager has changed the object: undo that, or delete the object"),
+    ("conflicts with", "FieldConflict", "other managers have changed the object: undo that, or delete the object"),
     ("forbidden", "Forbidden", "ask the administrator of the cluster"),
 )
 

@@ -2,9 +2,9 @@
 
 from datetime import datetime, timedelta
 
-from finetune_api.v1alpha1 import Failure, FineTuneJobStatus, Restart
+from finetune_api.v1alpha1 import FineTuneJobStatus, Restart
 
-from finetune_operator.policies.failure import OUT_OF_MEMORY, is_disruption
+from finetune_operator.policies.failure import MEMORY_REASONS, is_disruption
 
 _MAX_HISTORY = 16
 _MAX_DIVISOR = 1024
@@ -14,13 +14,11 @@ _STORM_SECONDS = 60
 
 
 def record_restart(
-    status: FineTuneJobStatus, failure: Failure, *, is_counted: bool, ended_at: datetime, lost_seconds: int
+    status: FineTuneJobStatus, *, attempt: int, reason: str, is_counted: bool, ended_at: datetime, lost_seconds: int
 ) -> FineTuneJobStatus:
     """Return the status with one more restart in it; after running out of memory the next attempt splits its batches more."""
-    restart = Restart(
-        attempt=failure.attempt, reason=failure.reason, time=ended_at, counted=is_counted, lost_seconds=lost_seconds
-    )
-    divisor = status.micro_batch_divisor * (2 if failure.reason == OUT_OF_MEMORY else 1)
+    restart = Restart(attempt=attempt, reason=reason, time=ended_at, counted=is_counted, lost_seconds=lost_seconds)
+    divisor = status.micro_batch_divisor * (2 if reason in MEMORY_REASONS else 1)
     update = {
         "restarts": status.restarts + 1,
         "restarts_counted_towards_limit": status.restarts_counted_towards_limit + int(is_counted),
