@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # matrix products on CUDA are deterministic with a fixed workspace only.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # With it, XLA reuses the memory of weights that copies of them still need (torch_xla 2.9).
+    os.environ.setdefault("XLA_ENABLE_PARAM_ALIASING", "0")
     if options.command == "predict":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return predict(options.model_dir, options.images)
