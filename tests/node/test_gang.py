@@ -18,8 +18,8 @@ _CLASS = "fake"
 # which training enlarges with every step, the more so the larger the learning rate is; with this one they stay below 1e-5.
 _SPEC: dict[str, Any] = {
     "method": {"type": "full"},
-    "hyperparameters": {"maxSteps": 80, "imageSize": 64, "batchSize": 16, "learningRate": 1e-6},
-    "checkpoint": {"intervalSeconds": 2},
+    "hyperparameters": {"maxSteps": 40, "imageSize": 64, "batchSize": 16, "learningRate": 1e-6},
+    "checkpoint": {"intervalSeconds": 1},
     "resources": {"cpu": "800m", "memory": "2Gi"},
 }
 _LOSSES = ("val_nll", "test_nll")
