@@ -159,7 +159,13 @@ runningSince: "{_TIME}"
 microBatchDivisor: 2
 podShape: 5e6f7a8b
 trainingSeconds: 600
-usage: {{acceleratorSeconds: 120, wastedAcceleratorSeconds: 4, cost: "0.25"}}
+usage:
+  acceleratorSeconds: 120
+  wastedAcceleratorSeconds: 4
+  cost: "0.2500"
+  accelerators: 8
+  acceleratorKind: nvidia
+  pricePerAcceleratorHour: "7.5"
 checkpoint: {{step: 40, samples: 1280, time: "{_TIME}", attempt: 2}}
 conditions:
   - {{type: Ready, status: "True", reason: Complete, message: done, lastTransitionTime: "{_TIME}", observedGeneration: 3}}
