@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from finetune_operator.observed import ChildView
 from finetune_operator.outcome import EventNote, EventType
-from finetune_operator.policies.eviction import EVICTED, find_eviction
+from finetune_operator.policies.eviction import find_eviction
+from finetune_operator.policies.failure import QUEUE_EVICTED
 from finetune_operator.policies.retry import record_restart
 from finetune_operator.policies.usage import end_running
 from finetune_operator.state import Phase, State
@@ -42,13 +43,13 @@ def account_for_eviction(context: Context, current: ChildView) -> tuple[Context,
     status = record_restart(
         without_estimate(status),
         attempt=current.attempt,
-        reason=EVICTED,
+        reason=QUEUE_EVICTED,
         is_counted=False,
         ended_at=eviction.ended_at,
         lost_seconds=lost_seconds,
     )
     message = f"{_name_queue(current.queue)} has evicted attempt {current.attempt}, which goes on when it is admitted again"
-    note = EventNote(type=EventType.NORMAL, reason=EVICTED, action="Evict", message=message)
+    note = EventNote(type=EventType.NORMAL, reason=QUEUE_EVICTED, action="Evict", message=message)
     return replace(context, status=status), (note,)
 
 

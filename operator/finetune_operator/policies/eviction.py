@@ -8,8 +8,6 @@ from finetune_api.v1alpha1 import FineTuneJobStatus
 from finetune_operator.observed import ChildView
 from finetune_operator.policies.gang import Gang
 
-EVICTED = "QueueEvicted"
-
 _LAST = datetime.max.replace(tzinfo=UTC)
 
 

@@ -17,6 +17,7 @@ OUT_OF_MEMORY = "OOMKilled"
 # As the kernel says it, and as trainers do whose processes could not split a batch on their own.
 MEMORY_REASONS = frozenset({OUT_OF_MEMORY, "OutOfMemory"})
 NODE_LOST = "NodeLost"
+QUEUE_EVICTED = "QueueEvicted"
 
 _MAX_LOG_TAIL = 1024
 _MAX_MESSAGE = 1024
@@ -42,7 +43,7 @@ _POD_REASONS = {
 }
 # Exit codes that a deletion of the pod leads to: saved and left, ended by SIGTERM, ended by SIGKILL.
 _DELETED = frozenset({ExitCode.PREEMPTED.value, 143, 137})
-_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost", "QueueEvicted"})
+_DISRUPTED = frozenset({*_DISRUPTIONS.values(), *_POD_REASONS.values(), "Disrupted", "PodDeleted", "PodLost", QUEUE_EVICTED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
