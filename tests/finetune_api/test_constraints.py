@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from constraint_table import Constraint, list_constraints, name_constraints
 from finetune_api.crd import build_crd
 from finetune_api.v1alpha1 import FineTuneJob
 from pydantic import ValidationError
@@ -14,19 +14,6 @@ PATH = "/apis/finetune.dev/v1alpha1/namespaces/default/finetunejobs?dryRun=All&f
 
 # Values that a spec gets, by dotted path; None removes a field.
 Change = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constraint:
-    """One constraint: where it stands, changes that it accepts and refuses, and what a refusal says beside the path."""
-
-    path: str
-    keyword: str
-    accepts: tuple[Change, ...]
-    refuses: tuple[Change, ...]
-    says: str
-    has_model: bool = field(default=True)
-    """Whether the models hold it too: they know no metadata."""
 
 
 def _field(path: str, keyword: str, *, accepts: tuple[Any, ...], refuses: tuple[Any, ...], says: str) -> Constraint:
@@ -713,8 +700,8 @@ def test_the_api_server_refuses_and_says_what_is_allowed(api: Any, constraint: C
 
 def test_the_table_has_every_constraint_of_the_schema() -> None:
     schema = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    in_schema = set(_list_constraints("", schema))
-    in_table = {(each.path, _find_text(each, in_schema)) for each in CONSTRAINTS}
+    in_schema = set(list_constraints("", schema))
+    in_table = name_constraints(CONSTRAINTS, in_schema)
 
     assert in_schema == in_table | _TRANSITIONS
     assert all(constraint.accepts and constraint.refuses for constraint in CONSTRAINTS)
@@ -741,12 +728,6 @@ def test_the_manager_of_a_job_cannot_be_changed(api: Any, before: Change, after:
     assert (422, 200) == (refused[0], same[0])
     assert "spec.managedBy" in refused[1]["message"]
     assert "managedBy cannot be changed; delete the FineTuneJob and create it again" in refused[1]["message"]
-
-
-def _find_text(constraint: Constraint, in_schema: set[tuple[str, str]]) -> str:
-    """Return the keyword or message in the schema that begins as the table's keyword does."""
-    texts = (text for path, text in in_schema if path == constraint.path and text.startswith(constraint.keyword))
-    return next(texts, f"{constraint.keyword} (not in the schema)")
 
 
 @pytest.mark.apiserver
@@ -783,22 +764,6 @@ def build_job(change: Change) -> dict[str, Any]:
         else:
             node[last] = value
     return job
-
-
-def _list_constraints(path: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield path and keyword (a rule's message) of every constraint of the spec; types aside."""
-    for keyword in ("enum", "minimum", "maximum", "minLength", "maxLength", "pattern", "required", "maxItems", "minItems"):
-        if keyword in node:
-            yield path, keyword
-    if node.get("x-kubernetes-list-type") in ("set", "map"):
-        yield path, "x-kubernetes-list-type"
-    for rule in node.get("x-kubernetes-validations", ()):
-        yield path, rule["message"]
-    if "items" in node:
-        yield from _list_constraints(f"{path}[0]", node["items"])
-    for name, child in node.get("properties", {}).items():
-        if path or name == "spec":
-            yield from _list_constraints(f"{path}.{name}".strip("."), child)
 
 
 def _list_types(path: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:

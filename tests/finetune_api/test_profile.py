@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from constraint_table import Constraint, list_constraints, name_constraints
 from finetune_api.crd import build_profile_crd
 from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from pydantic import ValidationError
@@ -13,18 +14,6 @@ from pydantic import ValidationError
 _PATH = "/apis/finetune.dev/v1alpha1/finetuneprofiles?dryRun=All&fieldValidation=Strict"
 
 Spec = dict[str, Any]
-
-
-class Constraint(NamedTuple):
-    """One constraint: where it stands, specs that it accepts and refuses, and what a refusal says beside the path."""
-
-    path: str
-    keyword: str
-    accepts: tuple[Spec, ...]
-    refuses: tuple[Spec, ...]
-    says: str
-    has_model: bool = True
-    """Whether the models hold it too: they know no kinds of lists."""
 
 
 def _volume(**fields: Any) -> Spec:
@@ -412,40 +401,8 @@ def test_profile_without_anything_limits_nothing(api: Any) -> None:
 def test_the_table_has_every_constraint_of_the_schema() -> None:
     """Those of the accelerator's members are the same as a FineTuneJob's, and in its table."""
     schema = build_profile_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    in_schema = {each for each in _list_constraints("", schema) if not each[0].startswith("spec.accelerator.")}
-    in_table = {(each.path, _find_text(each, in_schema)) for each in CONSTRAINTS}
+    in_schema = {each for each in list_constraints("", schema) if not each[0].startswith("spec.accelerator.")}
+    in_table = name_constraints(CONSTRAINTS, in_schema)
 
     assert in_schema == in_table
     assert all(constraint.accepts and constraint.refuses for constraint in CONSTRAINTS)
-
-
-def _find_text(constraint: Constraint, in_schema: set[tuple[str, str]]) -> str:
-    texts = (text for path, text in in_schema if path == constraint.path and text.startswith(constraint.keyword))
-    return next(texts, f"{constraint.keyword} (not in the schema)")
-
-
-def _list_constraints(path: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield path and keyword (a rule's message) of every constraint of the spec; types aside."""
-    keywords = [
-        "enum",
-        "minimum",
-        "maximum",
-        "minLength",
-        "maxLength",
-        "pattern",
-        "required",
-        "maxItems",
-        "minItems",
-        "maxProperties",
-    ]
-    yield from ((path, keyword) for keyword in keywords if keyword in node)
-    if node.get("x-kubernetes-list-type") in ("set", "map"):
-        yield path, "x-kubernetes-list-type"
-    for rule in node.get("x-kubernetes-validations", ()):
-        yield path, rule["message"]
-    for key, suffix in (("items", "[0]"), ("additionalProperties", ".*")):
-        if key in node:
-            yield from _list_constraints(f"{path}{suffix}", node[key])
-    for name, child in node.get("properties", {}).items():
-        if path or name == "spec":
-            yield from _list_constraints(f"{path}.{name}".strip("."), child)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerators import CHART_CLASSES
-from finetune_api.v1alpha1 import FineTuneJob, FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJob
 from finetune_operator.accelerator_classes import AcceleratorClass, AcceleratorClasses
 from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
@@ -15,6 +15,7 @@ from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import PodShape, explain_missing_class, shape_pods
 from finetune_operator.settings import TrainerSettings
 from pydantic import TypeAdapter
+from world import build_view
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGES = sorted((_ROOT / "docs" / "accelerators").glob("*.md"))
@@ -67,17 +68,7 @@ _JOBS = [*_DOC_JOBS, *(each for each in _EXAMPLE_JOBS if _is_job(each.values[0])
 
 def _render(document: Document) -> tuple[PodShape, Document, JobView]:
     job = FineTuneJob.model_validate(document)
-    view = JobView(
-        namespace="default",
-        name=document["metadata"]["name"],
-        uid="0b6e5f1c-77d0",
-        generation=1,
-        resource_version="7",
-        deleting=False,
-        spec=job.spec,
-        spec_error=None,
-        status=FineTuneJobStatus(),
-    )
+    view = build_view(namespace="default", name=document["metadata"]["name"], uid="0b6e5f1c-77d0", spec=job.spec)
     shape = shape_pods(job.spec, _MORE_CLASSES if explain_missing_class(job.spec, _CLASSES) else _CLASSES)
     return shape, build_job(view, job.spec, attempt=1, shape=shape, settings=_SETTINGS), view
 

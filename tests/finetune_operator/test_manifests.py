@@ -7,30 +7,20 @@ import pytest
 import yaml
 from accelerators import CASES, CLASSES, Case
 from finetune_api.contract import TrainerConfig
-from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJobSpec
 from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.service import build_service
-from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import DeviceRequest, shape_pods
 from finetune_operator.settings import TrainerSettings
+from world import build_view
 
 _SETTINGS = TrainerSettings(
     image="trainer:1", report_url="https://operator.finetune.svc:10443", report_ca="-- CA --\n", accelerators=CLASSES
 )
 
 
-_JOB = JobView(
-    namespace="team",
-    name="emoji",
-    uid="0b6e",
-    generation=1,
-    resource_version="7",
-    deleting=False,
-    spec=None,
-    spec_error=None,
-    status=FineTuneJobStatus(),
-)
+_JOB = build_view(uid="0b6e")
 
 
 _DEVICES = DeviceRequest(device_class="gpu.nvidia.com", count=2)

@@ -9,16 +9,16 @@ import pytest
 import yaml
 from accelerators import CASES, CLASSES, Case
 from finetune_api.contract import TrainerConfig
-from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
+from finetune_api.v1alpha1 import FineTuneJobSpec
 from finetune_operator.manifests.claim import build_claim_template
 from finetune_operator.manifests.job import build_job
-from finetune_operator.observed import JobView
 from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.policies.gang import Gang
 from finetune_operator.policies.pending import explain_pending
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import State
 from finetune_operator.views import project_child, project_pod
+from world import build_view
 
 pytestmark = pytest.mark.apiserver
 
@@ -91,7 +91,7 @@ class Site:
         """Create the Job of a case, and what its pods need beside it."""
         spec = FineTuneJobSpec.model_validate(_SPEC | {"accelerator": case.accelerator} | case.spec)
         shape = shape_pods(spec, CLASSES)
-        view = _view(self.namespace, spec)
+        view = build_view(namespace=self.namespace, uid="0b6e", spec=spec)
         if shape.devices:
             self.api.create(self.path("resourceclaimtemplates"), _disown(build_claim_template(view, shape.devices)))
         self._wait_for_nodes()
@@ -170,20 +170,6 @@ def _storage(key: str) -> dict[str, Any]:
 def _disown(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest without its owner: there is none, so the garbage collector would remove the object."""
     return manifest | {"metadata": {key: value for key, value in manifest["metadata"].items() if key != "ownerReferences"}}
-
-
-def _view(namespace: str, spec: FineTuneJobSpec) -> JobView:
-    return JobView(
-        namespace=namespace,
-        name="emoji",
-        uid="0b6e",
-        generation=1,
-        resource_version="7",
-        deleting=False,
-        spec=spec,
-        spec_error=None,
-        status=FineTuneJobStatus(),
-    )
 
 
 def _find_placement(pod: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,22 @@ PUBLISHED = build_report(
 )
 
 
+def build_view(**fields: Any) -> JobView:
+    """Return a FineTuneJob that was just created."""
+    defaults: dict[str, Any] = {
+        "namespace": "team",
+        "name": "emoji",
+        "uid": "u",
+        "generation": 1,
+        "resource_version": "1",
+        "deleting": False,
+        "spec": None,
+        "spec_error": None,
+        "status": FineTuneJobStatus(),
+    }
+    return JobView(**defaults | fields)
+
+
 def build_child(**fields: Any) -> ChildView:
     """Return the Job of the first attempt, under way."""
     defaults: dict[str, Any] = {
@@ -116,18 +132,8 @@ class World:
 
     @property
     def job(self) -> JobView:
-        return JobView(
-            namespace="team",
-            name="emoji",
-            uid="u",
-            generation=self.generation,
-            resource_version="1",
-            deleting=False,
-            spec=FineTuneJobSpec.model_validate(self.spec),
-            spec_error=None,
-            status=self.status,
-            queue_labels=self.labels,
-        )
+        spec = FineTuneJobSpec.model_validate(self.spec)
+        return build_view(spec=spec, status=self.status, generation=self.generation, queue_labels=self.labels)
 
     @property
     def observed(self) -> Observed:
