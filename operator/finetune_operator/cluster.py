@@ -47,11 +47,7 @@ _PREFIXES = {
     Kind.POD: "/api/v1",
     Kind.FINETUNEPROFILE: f"/apis/{names.API_VERSION}",
 }
-_CHILDREN = {
-    ("batch/v1", "Job"): ("/apis/batch/v1", "jobs"),
-    ("v1", "Service"): ("/api/v1", "services"),
-    ("resource.k8s.io/v1", "ResourceClaimTemplate"): ("/apis/resource.k8s.io/v1", "resourceclaimtemplates"),
-}
+_CHILDREN = {"Job": "jobs", "Service": "services", "ResourceClaimTemplate": "resourceclaimtemplates"}
 _EVENTS = "/apis/events.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
@@ -108,7 +104,8 @@ class Cluster:
         operator never takes back what others decided.
         """
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        prefix, plural = _CHILDREN[manifest["apiVersion"], manifest["kind"]]
+        version, plural = manifest["apiVersion"], _CHILDREN[manifest["kind"]]
+        prefix = "/api/v1" if version == "v1" else f"/apis/{version}"
         path = f"{prefix}/namespaces/{namespace}/{plural}/{name}"
         query = {"fieldManager": names.FIELD_MANAGER}
         try:

@@ -94,9 +94,10 @@ def _attend(context: Context) -> Step:
 
 def _watch(context: Context, current: ChildView) -> Step:
     """Decide on an attempt that is under way, or that its queue holds."""
-    gang = context.find_gang(current.attempt)
-    if current.suspended and (report := find_published(gang.leader)):
-        return complete(context, gang=gang, report=report, ended_at=None)
+    if current.suspended:
+        gang = context.find_gang(current.attempt)
+        if report := find_published(gang.leader):
+            return complete(context, gang=gang, report=report, ended_at=None)
     context, events = account_for_eviction(context, current)
     step = _hold(context, current) if current.suspended else _follow(context, current)
     return replace(step, events=(*events, *step.events))
