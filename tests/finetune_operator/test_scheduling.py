@@ -43,6 +43,7 @@ class Site:
         api.create("/api/v1/namespaces", {"metadata": {"name": self.namespace}})
         for claim in ("data", "models"):
             self._add_volume(claim)
+        self.until(self._are_volumes_bound, what="the claims are bound", seconds=60)
 
     def path(self, plural: str, name: str = "") -> str:
         prefix = {"jobs": "/apis/batch/v1", "resourceclaims": _RESOURCE, "resourceclaimtemplates": _RESOURCE}
@@ -59,6 +60,10 @@ class Site:
         )
         spec = size | {"volumeName": name, "resources": _storage("requests")}
         self.api.create(self.path("persistentvolumeclaims"), {"metadata": {"name": claim}, "spec": spec})
+
+    def _are_volumes_bound(self) -> bool:
+        """Return whether pods can use the claims: the scheduler looks at nothing else in a pod whose claims are not bound."""
+        return all(each["status"].get("phase") == "Bound" for each in self.api.get(self.path("persistentvolumeclaims"))["items"])
 
     def add_node(
         self, kind: str, *, resources: dict[str, str], labels: dict[str, str] | None = None, taint: str | None = None
