@@ -111,7 +111,7 @@ class Site:
             ]
             return not any(key.startswith("node.kubernetes.io/") for key in taints)
 
-        self.until(check, what="the nodes are ready", seconds=20)
+        self.until(check, what="the nodes are ready", seconds=60)
 
     def pods(self) -> list[dict[str, Any]]:
         return list(self.api.get(self.path("pods"))["items"])
@@ -127,7 +127,7 @@ class Site:
             assert all(word in message for message in messages for word in words), messages
             return True
 
-        self.until(check, what=f"all pods are refused with {words}", seconds=20)
+        self.until(check, what=f"all pods are refused with {words}", seconds=60)
 
     def wait_for_nodes(self, count: int) -> list[str]:
         """Return the nodes of all pods."""
@@ -136,7 +136,7 @@ class Site:
             nodes = [pod["spec"].get("nodeName") for pod in self.pods()]
             return nodes if len(nodes) == count and all(nodes) else None
 
-        return list(self.until(read, what=f"{count} pods have nodes", seconds=20))
+        return list(self.until(read, what=f"{count} pods have nodes", seconds=60))
 
     def explain(self, case: Case) -> State:
         """Return the state that users read."""
