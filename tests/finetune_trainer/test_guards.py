@@ -16,7 +16,7 @@ from finetune_trainer.device import Device
 from finetune_trainer.errors import DivergedError, OutOfMemoryError, PreemptedError
 from finetune_trainer.evaluate import compute_logits
 from finetune_trainer.features import compute_features
-from finetune_trainer.finetune import FineTuned, finetune
+from finetune_trainer.finetune import FineTuned, Note, finetune
 from finetune_trainer.guard import find_trouble
 from finetune_trainer.learner import Snapshot
 from finetune_trainer.memory import MicroBatches
@@ -69,7 +69,11 @@ def build(backbone: Backbone) -> Classifier:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def train(
+def train(backbone: Backbone, recipe: Recipe, **options: Any) -> FineTuned:
+    return train_and_note(backbone, recipe, **options)[0]
+
+
+def train_and_note(
     backbone: Backbone,
     recipe: Recipe,
     *,
@@ -78,13 +82,13 @@ def train(
     check: Callable[[], None] = lambda: None,
     num_workers: int = 0,
     spoil: Callable[[Classifier], None] = lambda _model: None,
-) -> FineTuned:
+) -> tuple[FineTuned, Note]:
     model = build(backbone)
     spoil(model)
     y = torch.arange(48) % 2
     noise = torch.randint(0, 100, (48, 32, 32, 3), generator=torch.Generator().manual_seed(0))
     pixels = (noise + 150 * y.view(-1, 1, 1, 1)).to(torch.uint8)
-    tuned, _ = finetune(
+    return finetune(
         model,
         TrainingSet(pixels, torch.arange(48), y),
         recipe,
@@ -99,7 +103,6 @@ def train(
         memory=memory,
         num_workers=num_workers,
     )
-    return tuned
 
 
 def have_equal_bits(one: FineTuned, two: FineTuned) -> bool:
@@ -131,6 +134,18 @@ def test_stop_at_any_step_gives_the_bits_of_an_unbroken_run(backbone: Backbone, 
 
     assert [snapshot.state["pace"]["done"] for snapshot in keeper.kept] == [steps]
     assert have_equal_bits(resumed, unbroken)
+
+
+@pytest.mark.parametrize("steps", [1, 13, 27])
+def test_loss_that_is_told_at_the_end_is_that_of_an_unbroken_run(backbone: Backbone, steps: int) -> None:
+    recipe, keeper = make_recipe(max_steps=30), MemoryKeeper()
+    _, unbroken = train_and_note(backbone, recipe)
+
+    with pytest.raises(PreemptedError):
+        train(backbone, recipe, keeper=keeper, check=stop_after(steps))
+    _, resumed = train_and_note(backbone, recipe, keeper=keeper)
+
+    assert unbroken.loss == resumed.loss
 
 
 def test_saving_and_drawing_ahead_change_nothing(backbone: Backbone) -> None:

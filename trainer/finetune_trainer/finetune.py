@@ -120,28 +120,26 @@ class Meter:
     wait_seconds: float = 0.0
     num_images: int = 0
     num_steps: int = 0
-    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=20))
 
     @property
     def step_seconds(self) -> float:
         """Return the median time of the latest steps."""
         return statistics.median(self.durations)
 
-    def add(self, seconds: float, *, images: int, loss: Tensor) -> None:
+    def add(self, seconds: float, *, images: int) -> None:
         """Take in a step; the first one replaces the guess."""
         self.num_steps += 1
         if self.num_steps == 1:
             self.durations.clear()
         self.durations.append(seconds)
         self.num_images += images
-        self.losses.append(loss)
 
-    def describe(self, pace: Pace, steps_left: int) -> Note:
+    def describe(self, learner: Learner, steps_left: int) -> Note:
         """Return how the fine-tuning stands."""
         self.noted = time.perf_counter()
         elapsed = self.noted - self.started
-        loss = float(torch.stack(tuple(self.losses)).mean())
-        return Note(pace, steps_left, self.step_seconds, loss, self.num_images / elapsed, self.wait_seconds / elapsed)
+        loss = float(torch.stack(tuple(learner.latest)).mean())
+        return Note(learner.pace, steps_left, self.step_seconds, loss, self.num_images / elapsed, self.wait_seconds / elapsed)
 
 
 def finetune(
@@ -197,7 +195,7 @@ def finetune(
                     continue
             if done % STEPS_BETWEEN_VERDICTS == 0 or is_last or time.perf_counter() - meter.noted > SECONDS_BETWEEN_NOTES:
                 device.synchronize()
-                note = meter.describe(learner.pace, turn.steps_left - 1)
+                note = meter.describe(learner, turn.steps_left - 1)
                 advance(note)
     assert note is not None, "the loop ends with a note"
     return FineTuned({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, learner.average), note
@@ -244,8 +242,8 @@ def _train_step(learner: Learner, course: Course, meter: Meter, *, steps_left: i
     course.device.finish_step()
     learner.update_average(compute_average_weight(stride, horizon=recipe.ema_horizon))
     learner.pace = pace.step(steps_left)
-    learner.recent.append(loss)
-    meter.add(time.perf_counter() - begin, images=course.batch_size, loss=loss)
+    learner.note_loss(loss)
+    meter.add(time.perf_counter() - begin, images=course.batch_size)
     logger.debug("step %d done", learner.pace.done)
 
 

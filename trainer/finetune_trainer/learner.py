@@ -5,6 +5,7 @@ another way.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from finetune_trainer.memory import MicroBatches
 from finetune_trainer.schedule import Pace
 
 Weights = dict[str, Tensor]
+NUM_LATEST = 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,6 +52,8 @@ class Learner:
     """The loss at the latest verdicts, by which the next one is judged."""
     recent: list[Tensor] = field(default_factory=list)
     """The losses since the last verdict."""
+    latest: deque[Tensor] = field(default_factory=lambda: deque(maxlen=NUM_LATEST))
+    """The losses whose mean people are told."""
 
     def capture(self, step_seconds: float) -> Snapshot:
         """Return what `restore` needs; the tensors are not copies."""
@@ -64,6 +68,7 @@ class Learner:
             "parts": self.parts,
             "levels": self.levels,
             "recent": [float(loss) for loss in self.recent],
+            "latest": [float(loss) for loss in self.latest],
             "stepSeconds": step_seconds,
         }
         return Snapshot(tensors, state)
@@ -74,10 +79,9 @@ class Learner:
         state = snapshot.state
         self.pace = Pace(**state["pace"])
         self.rate_scale, self.rollbacks, self.parts = state["rateScale"], state["rollbacks"], max(self.parts, state["parts"])
-        self.levels, self.recent = (
-            list(state["levels"]),
-            [torch.tensor(loss, device=self.model.head.weight.device) for loss in state["recent"]],
-        )
+        self.levels, self.recent = list(state["levels"]), self._place(state["recent"])
+        # Snapshots of earlier versions lack it, and are good nevertheless.
+        self.latest = deque(self._place(state.get("latest", state["recent"])), maxlen=NUM_LATEST)
         self.model.load_state_dict(_select(snapshot.tensors, "model/"))
         _copy(self.average, _select(snapshot.tensors, "average/"))
         for name, parameter in self._list_trained():
@@ -94,6 +98,12 @@ class Learner:
         _copy(self.average, weights)
         prepare_optimizer(self.optimizer)
         self.pace, self.levels, self.recent = Pace(), [], []
+        self.latest.clear()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Take in the loss of a step."""
+        self.recent.append(loss)
+        self.latest.append(loss)
 
     def take_level(self) -> float:
         """Return the mean loss since the last verdict, and begin anew."""
@@ -109,6 +119,9 @@ class Learner:
                 self.average[name].lerp_(tensor, weight)
             else:
                 self.average[name].copy_(tensor)
+
+    def _place(self, losses: list[float]) -> list[Tensor]:
+        return [torch.tensor(loss, device=self.model.head.weight.device) for loss in losses]
 
     def _list_trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter in self.optimizer.state]
