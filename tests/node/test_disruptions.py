@@ -72,9 +72,9 @@ def find_trainer(pod: dict[str, Any]) -> int:
 
 
 def wait_for_checkpoint(team: Any, name: str, *, until: Callable[..., Any]) -> None:
-    """Wait until the fine-tuning of a job has saved its state."""
+    """Wait until the fine-tuning of a job has saved its state for the first time, in the middle of its steps."""
     folder = team.models / name / ".finetune" / "checkpoints"
-    until(lambda: list(folder.glob("checkpoint-*-finetun*")), what=f"{name} has a checkpoint")
+    until(lambda: list(folder.glob("checkpoint-*-steps/manifest.json")), what=f"{name} has a checkpoint")
 
 
 def delete_pod(team: Any, pod: dict[str, Any]) -> None:

@@ -49,14 +49,25 @@ def test_the_columns_show_state_progress_and_metric(team: Any, complete: dict[st
     assert row.split()[4].startswith("test_accuracy=")
 
 
-def test_progress_was_reported_while_it_ran(team: Any, complete: dict[str, Any]) -> None:
+def test_progress_is_reported_while_a_job_runs(team: Any, until: Any) -> None:
+    team.apply("reported", hyperparameters=_LONG)
+    team.wait("reported", "Running")
+
+    # Past 20 % the fine-tuning has begun; only reports tell of it, as the last word comes when the pod ends.
+    until(lambda: team.job("reported")["status"].get("trainerStatus", {}).get("progressPercentage", 0) >= 20, what="progress")
+    until(lambda: count_reports("accepted") > 0, what="a report is counted")
+
+    assert "Running" == team.state("reported")
+    team.kubectl("delete", "ftj", "reported", "--wait=false")
+
+
+def count_reports(result: str) -> float:
+    """Return the number of reports with a result since the operator has started."""
     metrics = cluster_client.kubectl(
         "get", "--raw", "/api/v1/namespaces/finetune/services/http:finetune-operator-metrics:8080/proxy/metrics"
     )
-
-    accepted = [line for line in metrics.splitlines() if line.startswith("finetune_reports_") and "accepted" in line]
-    assert accepted
-    assert float(accepted[0].split()[-1]) > 0
+    lines = [line for line in metrics.splitlines() if line.startswith("finetune_reports_") and f'"{result}"' in line]
+    return float(lines[0].split()[-1]) if lines else 0.0
 
 
 def test_events_tell_the_transitions(team: Any, complete: dict[str, Any]) -> None:
