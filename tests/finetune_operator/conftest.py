@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from harness import (
     CLUSTER_RULES,
     RULES,
@@ -216,3 +217,13 @@ def created(requests: Callable[[], list[dict[str, Any]]]) -> Callable[[Team], li
 @pytest.fixture
 def certify() -> Callable[..., tuple[Path, Path]]:
     return write_certificate
+
+
+@pytest.fixture
+def proxy(api: Any, operator: Operator, tmp_path: Path) -> Iterator[FaultProxy]:
+    """A proxy that the team's operator goes through."""
+    with FaultProxy(api, folder=tmp_path) as proxy:
+        proxy.route(tmp_path / "kubeconfig")
+        yield proxy
+        # It ends before the proxy does, or its log would tell of an API server that is gone.
+        operator.stop()

@@ -107,27 +107,32 @@ class Answer(Action):
     retry_after: int | None = None
 
 
+@dataclass(frozen=True)
+class Expire(Action):
+    """Answer a watch as the API server does when the version it starts from is no longer known."""
+
+
 @dataclass(kw_only=True)
 class Fault:
-    """Do something to the nth request that matches, and to those after it up to `times` (None: for ever)."""
+    """Do something to the nth request that matches, then to every so-manieth, up to `times` of them (None: for ever)."""
 
     match: Match
     action: Action
     nth: int = 1
+    every: int = 1
     times: int | None = 1
     seen: int = 0
-
-    @property
-    def struck(self) -> int:
-        """Return how many requests it was done to."""
-        struck = max(0, self.seen - self.nth + 1)
-        return struck if self.times is None else min(struck, self.times)
+    struck: int = 0
 
     def strikes(self, request: Request) -> bool:
         if not self.match.fits(request):
             return False
         self.seen += 1
-        return self.seen >= self.nth and (self.times is None or self.seen < self.nth + self.times)
+        if self.times is not None and self.struck >= self.times:
+            return False
+        is_struck = self.seen >= self.nth and (self.seen - self.nth) % self.every == 0
+        self.struck += is_struck
+        return is_struck
 
 
 @dataclass(kw_only=True)
@@ -248,7 +253,7 @@ class FaultProxy:
             connector=aiohttp.TCPConnector(limit=0, ssl=upstream),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=_LINE_BYTES,
-            auto_decompress=True,
+            skip_auto_headers=("Content-Type", "User-Agent"),
         )
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(self._certificate, self._key)
@@ -295,6 +300,8 @@ class FaultProxy:
                 return _abort(raw)
             case Answer():
                 return _answer(action)
+            case Expire():
+                return _expire()
             case Delay(seconds=seconds):
                 await asyncio.sleep(seconds)
             case _:
@@ -308,7 +315,8 @@ class FaultProxy:
 
     async def _forward(self, raw: web.BaseRequest, request: Request, *, body: bytes) -> web.Response:
         """Pass a request on, and return the whole answer."""
-        async with self._session.request(raw.method, self._address(raw, request), headers=_keep(raw.headers), data=body) as answer:
+        address = self._address(raw, request)
+        async with self._session.request(raw.method, address, headers=_keep(raw.headers), data=body or None) as answer:
             return web.Response(status=answer.status, headers=_keep(answer.headers), body=await answer.read())
 
     async def _relay(self, raw: web.BaseRequest, request: Request) -> web.StreamResponse:
@@ -330,11 +338,12 @@ class FaultProxy:
     async def _filter(self, request: Request, lines: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         async for line in lines:
             event = json.loads(line)
-            while self._holds(request, event):
+            while self._holds(request, event):  # noqa: ASYNC110  the thread that ends it has no asyncio.Event
                 await asyncio.sleep(0.02)
             if self.hold_bookmarks and event["type"] == "BOOKMARK":
                 continue
-            if any([swallow.strikes(request, event) for swallow in self._swallows]):
+            # All of them count, so none is left out once one has struck.
+            if sum(swallow.strikes(request, event) for swallow in self._swallows):
                 continue
             yield line
 
@@ -374,6 +383,12 @@ def _answer(answer: Answer) -> web.Response:
     body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": answer.status}
     body |= {"reason": answer.reason, "message": answer.message}
     return web.json_response(body, status=answer.status, headers=headers)
+
+
+def _expire() -> web.Response:
+    status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired"}
+    event = {"type": "ERROR", "object": status | {"message": "too old resource version"}}
+    return web.json_response(event)
 
 
 def _abort(raw: web.BaseRequest) -> web.Response:
