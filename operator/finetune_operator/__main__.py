@@ -16,7 +16,7 @@ from finetune_operator import handlers
 from finetune_operator.audit import Auditor
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.controller import Controller
-from finetune_operator.errors import OperatorError, StartError
+from finetune_operator.errors import DeafWatchError, OperatorError, StartError
 from finetune_operator.health import Health, HealthServer
 from finetune_operator.logs import configure_logging
 from finetune_operator.metrics import QUEUE_WAIT_SECONDS, WATCH_EVENTS, Metrics
@@ -50,11 +50,12 @@ class Operator:
             enqueue=self._queue.add,
             namespaces=settings.namespaces,
             interval_seconds=settings.audit_seconds,
+            deaf_seconds=settings.deaf_seconds,
             metrics=metrics,
         )
         self._health = Health(
             watchers=handlers.name_watchers(settings.namespaces),
-            max_audit_age_seconds=3 * settings.audit_seconds + 120,
+            max_audit_age_seconds=3 * settings.audit_seconds + settings.deaf_seconds + 60,
             read_audit_age=lambda: self._auditor.age_seconds,
         )
         receiver = ReportReceiver(store=self._store, reviewer=cluster, enqueue=self._queue.add, metrics=metrics, clock=_now)
@@ -192,7 +193,7 @@ def main() -> int:
     try:
         asyncio.run(run(settings))
     except (OperatorError, OSError) as error:
-        logger.error("%s", error, exc_info=not isinstance(error, StartError))  # noqa: TRY400
+        logger.error("%s", error, exc_info=not isinstance(error, (StartError, DeafWatchError)))  # noqa: TRY400
         return 1
     logger.info("stopped")
     return 0

@@ -152,11 +152,18 @@ AUDIT_PURGES = Definition(
     help="Number of objects whose deletion was missed until an audit, by resource.",
     labels={"resource": KINDS},
 )
+AUDIT_LAGGING = Definition(
+    type="gauge",
+    name="finetune_audit_lagging_objects",
+    help="Number of objects whose latest change an audit knows of and the watches have not brought yet; when it stays above 0 "
+    "for FINETUNE_DEAF_SECONDS, the process ends and starts anew.",
+    labels={"resource": KINDS},
+)
 
 DEFINITIONS = (
     JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, LOST_SECONDS,
     ACCELERATOR_SECONDS, WASTED_ACCELERATOR_SECONDS, START_SECONDS, END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS,
-    EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
+    EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES, AUDIT_LAGGING,
 )  # fmt: skip
 
 
@@ -182,6 +189,12 @@ class Metrics:
         metric = self._metrics[definition.name]
         assert isinstance(metric, Counter)
         _child(metric, definition, labels).inc(amount)
+
+    def set(self, definition: Definition, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        metric = self._metrics[definition.name]
+        assert isinstance(metric, Gauge)
+        _child(metric, definition, labels).set(value)
 
     def observe(self, definition: Definition, value: float, **labels: str) -> None:
         """Add a measured value to a histogram."""

@@ -59,6 +59,8 @@ class Settings(BaseModel):
     """Requests to the API server in flight."""
     audit_seconds: Annotated[float, Field(gt=0)] = 300
     """Time between two comparisons of what was seen with what the API server has."""
+    deaf_seconds: Annotated[float, Field(gt=0)] = 60
+    """How long a change that such a comparison knows of may take to arrive by a watch, before the process ends to start anew."""
 
     retry_base_seconds: Annotated[float, Field(gt=0)] = 10
     """Delay before the first retry of a failed attempt. Each further retry waits twice as long."""

@@ -46,6 +46,7 @@ _CHANGES: dict[str, Any] = {
     "retries.evidenceSeconds": 7.5,
     "progress.intervalSeconds": 7.5,
     "audit.intervalSeconds": 7.5,
+    "audit.deafSeconds": 5.5,
     "resources": {"requests": {"cpu": "700m"}},
     "nodeSelector": {"pool": "system"},
     "tolerations": [{"key": "system", "operator": "Exists"}],
