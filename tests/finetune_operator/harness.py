@@ -85,6 +85,11 @@ class Operator:
         team.api.delete(team.path("serviceaccounts", "operator"))
         write_kubeconfig(team, Path(self._environment["KUBECONFIG"]))
 
+    def wait(self, *, seconds: float) -> int:
+        """Wait for the process to end by itself, and return its exit status."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
+
     @property
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8")
@@ -92,6 +97,11 @@ class Operator:
     def scrape(self) -> str:
         """Return the metrics page."""
         return self._fetch("METRICS", "/metrics")
+
+    def is_healthy(self) -> bool:
+        """Return whether the process runs and its liveness probe is content."""
+        assert self._process is not None
+        return self._process.poll() is None and self._fetch("HEALTH", "/healthz") == "ok\n"
 
     def _is_ready(self) -> bool:
         assert self._process is not None
@@ -265,11 +275,11 @@ def grant_rights(team: Team) -> None:
         team.api.create(f"{prefix}/{kind.lower()}bindings", binding)
 
 
-def write_kubeconfig(team: Team, path: Path, *, server: str | None = None) -> None:
-    """Make the operator's service account and write a kubeconfig with a token of it, for the API server or one before it."""
-    team.api.create(team.path("serviceaccounts"), {"metadata": {"name": "operator"}})
+def write_kubeconfig(team: Team, path: Path, *, server: str | None = None, account: str = "operator") -> None:
+    """Make a service account and write a kubeconfig with a token of it, for the API server or one before it."""
+    team.api.create(team.path("serviceaccounts"), {"metadata": {"name": account}})
     request = {"spec": {"expirationSeconds": 3600}}
-    token = team.api.create(team.path("serviceaccounts", "operator") + "/token", request)["status"]["token"]
+    token = team.api.create(team.path("serviceaccounts", account) + "/token", request)["status"]["token"]
     authority = base64.b64encode(team.api.ca.encode()).decode()
     config = {
         "apiVersion": "v1",
