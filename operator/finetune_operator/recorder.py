@@ -26,8 +26,11 @@ _MAX_SERIES = 4096
 # As client-go does: after six minutes of silence a repetition begins a new event, as the API server forgets them after an hour.
 _SERIES_SECONDS = 360
 _MAX_PENDING = 1000
+# Events in flight. One at a time falls behind as soon as many jobs begin at once, and most of their events would be dropped.
+_NUM_LANES = 8
 
 Identity = tuple[str, str, str]
+Lane = asyncio.Queue[tuple[JobView, EventNote]]
 
 
 class EventWriter(Protocol):
@@ -58,30 +61,38 @@ class Recorder:
         self._clock = clock
         self._metrics = metrics
         self._series: OrderedDict[Identity, Series] = OrderedDict()
-        self._pending: asyncio.Queue[tuple[JobView, EventNote]] = asyncio.Queue(maxsize=_MAX_PENDING)
+        # The events of a job stay in one lane, so that they are written in order and a repetition finds its series.
+        self._lanes: tuple[Lane, ...] = tuple(asyncio.Queue() for _ in range(_NUM_LANES))
 
     def record(self, job: JobView, note: EventNote) -> None:
         """Have an event written. When too many wait, it is dropped and counted."""
-        try:
-            self._pending.put_nowait((job, note))
-        except asyncio.QueueFull:
+        if sum(lane.qsize() for lane in self._lanes) >= _MAX_PENDING:
             self._metrics.count(EVENTS_RECORDED, result="dropped")
+            return
+        self._lanes[hash(job.uid) % _NUM_LANES].put_nowait((job, note))
 
     async def run(self) -> None:
         """Write events until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for lane in self._lanes:
+                group.create_task(self._drain(lane))
+
+    async def flush(self) -> None:
+        """Wait until all events are written."""
+        for lane in self._lanes:
+            await lane.join()
+
+    async def _drain(self, lane: Lane) -> None:
+        """Write the events of a lane, one after the other, until cancelled."""
         while True:
-            job, note = await self._pending.get()
+            job, note = await lane.get()
             try:
                 await self.write(job, note)
             except ApiError as error:
                 self._metrics.count(EVENTS_RECORDED, result="error")
                 logger.warning("cannot record event %s for %s/%s: %s", note.reason, job.namespace, job.name, error)
             finally:
-                self._pending.task_done()
-
-    async def flush(self) -> None:
-        """Wait until all events are written."""
-        await self._pending.join()
+                lane.task_done()
 
     async def write(self, job: JobView, note: EventNote) -> None:
         """Write one event: a new one, or one more in the series of an equal one."""

@@ -1,5 +1,6 @@
 """Events for users: what repeats becomes a series."""
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -101,3 +102,45 @@ async def test_memory_of_series_is_bounded(bench: Bench) -> None:
     await bench.write(message="0", after=0)
 
     assert bench.counts[-1] == 1
+
+
+async def test_slow_event_delays_no_other_job_and_keeps_the_order_of_its_own(objects: Any) -> None:
+    is_half_done, may_go_on = asyncio.Event(), asyncio.Event()
+    written: list[tuple[str, str]] = []
+
+    class SlowWriter(FakeWriter):
+        async def create_event(self, namespace: str, event: RawObject) -> None:
+            if (name := event["regarding"]["name"]) == "slow":
+                await may_go_on.wait()
+            await super().create_event(namespace, event)
+            written.append((name, event["reason"]))
+            if len(written) == len(others) // 2:
+                is_half_done.set()
+
+    recorder = Recorder(SlowWriter(), instance="pod-1", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC), metrics=Metrics())
+    task = asyncio.create_task(recorder.run())
+    others = [f"job-{number}" for number in range(64)]
+    for name, reason in (("slow", "First"), ("slow", "Second"), *((other, "Only") for other in others)):
+        job = build_job_view(project_job(objects.job(name)))
+        recorder.record(job, EventNote(type=EventType.NORMAL, reason=reason, action="Reconcile", message="m"))
+    async with asyncio.timeout(60):
+        # Those of its own lane wait with it: about one in eight.
+        await is_half_done.wait()
+        before = list(written)
+        may_go_on.set()
+        await recorder.flush()
+    task.cancel()
+
+    assert all(name != "slow" for name, _ in before)
+    assert len(others) + 2 == len(written)
+    assert ["First", "Second"] == [reason for name, reason in written if name == "slow"]
+
+
+async def test_event_that_would_wait_too_long_is_dropped_and_counted(objects: Any) -> None:
+    metrics = Metrics()
+    recorder = Recorder(FakeWriter(), instance="pod-1", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC), metrics=metrics)
+    job = build_job_view(project_job(objects.job()))
+    for number in range(1003):
+        recorder.record(job, EventNote(type=EventType.NORMAL, reason=f"R{number}", action="Reconcile", message="m"))
+
+    assert 3 == metrics.registry.get_sample_value("finetune_events_total", {"result": "dropped"})
