@@ -115,7 +115,7 @@ def _apiserver(instance: Instance, state: ClusterState, *, has_audit_log: bool) 
         f"--audit-log-path={instance.folder / 'audit.log'}",
         "--audit-log-format=json",
         "--audit-log-maxsize=500",
-        "--audit-log-maxbackup=1",
+        "--audit-log-maxbackup=4",
     )
     return (
         binary("kube-apiserver"),
