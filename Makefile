@@ -72,6 +72,12 @@ bench: sync ## Measure the trainer and the operator; prints the tables of docs/b
 	$(CLUSTER) binaries
 	$(RUN) python -m bench $(BENCH_ARGS)
 
+.PHONY: bench-scale
+bench-scale: sync ## Measure how far the operator goes, with kwok as all kubelets; BENCH_ARGS="--part burst --jobs 1000".
+	$(CLUSTER) binaries
+	$(CLUSTER) path kwok
+	$(RUN) python -m bench.scale $(BENCH_ARGS)
+
 .PHONY: cluster-up
 cluster-up: ## Start the local cluster with its node; prints the kubeconfig's path.
 	$(CLUSTER) up

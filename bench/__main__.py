@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 NAMES = ("features", "step", "tasks", "tutorial", "operator", "kills")
-ON_REQUEST = ("peers",)  # installs another environment
+ON_REQUEST = ("peers", "scale")  # installs another environment; takes a machine for itself
 
 
 def main() -> int:
