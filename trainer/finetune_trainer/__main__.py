@@ -27,6 +27,7 @@ from finetune_trainer.budget import Budget, read_process_start
 from finetune_trainer.ending import Ending, write_ending
 from finetune_trainer.errors import InvalidSpecError, TrainerError, shorten
 from finetune_trainer.progress import Progress, Sink
+from finetune_trainer.redact import build_redact, redact_output
 from finetune_trainer.report import Poster, Receiver, write_termination_message
 from finetune_trainer.seat import Seat, choose_slice, list_slices, read_seat, share_cpus
 from finetune_trainer.signals import StopFlag
@@ -62,6 +63,7 @@ def enter() -> NoReturn:
 
     The interpreter would take torch apart first, for seconds on a busy machine, when all is written and the kubelet is waiting.
     """
+    redact_output(build_redact(os.environ))
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -142,7 +144,9 @@ def _run_and_report(
         sinks = [poster.offer] if poster else []
         started = read_process_start()
         if isinstance(config, InvalidSpecError):
-            code, report = _fail(config, Progress(Budget(None, started), sinks, with_finetune=True))
+            code, report = _fail(
+                config, Progress(Budget(None, started), sinks, with_finetune=True, redact=build_redact(os.environ))
+            )
         else:
             stop.grace_seconds = config.grace_seconds
             budget = Budget(config.training_seconds, started)
@@ -219,18 +223,19 @@ def _carry_out(
 
 
 def _follow(config: TrainerConfig, budget: Budget, sinks: Sequence[Sink]) -> Progress:
-    return Progress(budget, sinks, with_finetune=config.method is not MethodType.PROBE)
+    redact = build_redact(os.environ)
+    return Progress(budget, sinks, with_finetune=config.method is not MethodType.PROBE, redact=redact)
 
 
 def _fail(error: TrainerError, progress: Progress) -> tuple[int, TrainerReport]:
     logger.error("%s: %s", error.reason, error.message)
-    return error.exit_code, progress.fail(error.to_report())
+    return error.exit_code, progress.fail(error.to_report(progress.redact))
 
 
 def _fail_by_bug(error: Exception, progress: Progress) -> tuple[int, TrainerReport]:
     traceback.print_exception(error)
-    failure = FailureReport(reason="InternalError", message=shorten(f"{type(error).__name__}: {error}"))
-    log_tail = "".join(traceback.format_exception(error))[-LOG_TAIL_LENGTH:]
+    failure = FailureReport(reason="InternalError", message=shorten(progress.redact(f"{type(error).__name__}: {error}")))
+    log_tail = progress.redact("".join(traceback.format_exception(error)))[-LOG_TAIL_LENGTH:]
     return ExitCode.INTERNAL_ERROR, progress.fail(failure, log_tail=log_tail)
 
 

@@ -9,6 +9,7 @@ from finetune_api.contract import FailureReport, TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, TrainerStatus
 
 from finetune_trainer.budget import Budget
+from finetune_trainer.redact import Redact, redact_report
 
 # Less than this is done too early to say how long the rest takes.
 LEAST_SHARE_FOR_ESTIMATE = 0.05
@@ -34,8 +35,9 @@ _SHARES_OF_PROBE = {Phase.READ: 0.15, Phase.FEATURES: 0.6, Phase.PROBE: 0.15, Ph
 class Progress:
     """Collects what the stages say and hands reports to the sinks."""
 
-    def __init__(self, budget: Budget, sinks: Sequence[Sink], *, with_finetune: bool) -> None:
+    def __init__(self, budget: Budget, sinks: Sequence[Sink], *, with_finetune: bool, redact: Redact = str) -> None:
         self._budget = budget
+        self.redact = redact
         self._sinks = tuple(sinks)
         self._shares = _SHARES_WITH_FINETUNE if with_finetune else _SHARES_OF_PROBE
         self._with_finetune = with_finetune
@@ -104,6 +106,7 @@ class Progress:
         return self._budget.elapsed_seconds() * (1 - share) / share
 
     def _deliver(self, report: TrainerReport, *, urgent: bool) -> TrainerReport:
+        report = redact_report(report, self.redact)
         for sink in self._sinks:
             sink(report, self._phase.value, urgent)
         return report
