@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import difflib
 import http.client
 import json
@@ -46,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Api:
-    """Plain requests to an API server as the administrator."""
+    """Plain requests to an API server as the administrator, or as a user whom the administrator impersonates."""
 
     def __init__(self, kubeconfig: Path) -> None:
         config = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
@@ -58,6 +59,13 @@ class Api:
             pair.write(base64.b64decode(user["client-certificate-data"]) + base64.b64decode(user["client-key-data"]))
             pair.flush()
             self._tls.load_cert_chain(pair.name)
+        self._headers: dict[str, str] = {}
+
+    def acting_as(self, user: str) -> "Api":
+        """Return the same API server as a user sees it."""
+        other = copy.copy(self)
+        other._headers = {"Impersonate-User": user}
+        return other
 
     def request(self, method: str, path: str, body: Any = None, *, type: str = "application/json") -> tuple[int, Any]:
         """Return the status and the parsed body of the answer."""
@@ -65,7 +73,8 @@ class Api:
         with contextlib.closing(
             http.client.HTTPSConnection(str(address.hostname), address.port, context=self._tls)
         ) as connection:
-            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": type})
+            headers = self._headers | {"Content-Type": type}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
 

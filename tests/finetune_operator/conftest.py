@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from harness import (
-    CLUSTER_RULES,
-    RULES,
     SPEC,
     Operator,
     Team,
@@ -170,11 +168,6 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
-
-
-@pytest.fixture
-def rules() -> list[dict[str, list[str]]]:
-    return [*RULES, *CLUSTER_RULES]
 
 
 @pytest.fixture

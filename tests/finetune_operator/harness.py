@@ -5,9 +5,11 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -251,13 +253,13 @@ def build_operator(team: Team, *, tls: tuple[Path, Path], folder: Path, name: st
     return Operator(environment=environment | settings, log=folder / f"{name}.log")
 
 
-def grant_rights(team: Team) -> None:
-    """Bind the operator's rights in the team's namespace to a service account."""
+def grant_rights(team: Team, *, clusterwide: bool = False) -> None:
+    """Bind the operator's rights in the team's namespace, or in all, to a service account."""
     subject = {"kind": "ServiceAccount", "name": "operator", "namespace": team.namespace}
     name = f"operator-{team.namespace}"
     for kind, rules, prefix in (
-        ("Role", RULES, f"{_RBAC}/namespaces/{team.namespace}"),
-        ("ClusterRole", CLUSTER_RULES, _RBAC),
+        ("Role", [] if clusterwide else RULES, f"{_RBAC}/namespaces/{team.namespace}"),
+        ("ClusterRole", [*RULES, *CLUSTER_RULES] if clusterwide else CLUSTER_RULES, _RBAC),
     ):
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
         binding = {"metadata": {"name": name}, "roleRef": reference, "subjects": [subject]}
@@ -305,6 +307,17 @@ def write_certificate(folder: Path, *, name: str) -> tuple[Path, Path]:
     certificate_file.write_bytes(certificate.public_bytes(encoding))
     key_file.write_bytes(key_bytes)
     return certificate_file, key_file
+
+
+def post_progress(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
+    """Report progress as a trainer does, and return status and body of the answer."""
+    body = json.dumps({"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}}).encode()
+    request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def find_port() -> int:

@@ -129,7 +129,8 @@ def _apiserver(instance: Instance, state: ClusterState, *, has_audit_log: bool) 
         f"--service-account-signing-key-file={pki / 'sa.key'}",
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
         "--authorization-mode=Node,RBAC",
-        "--enable-admission-plugins=NodeRestriction",
+        # With the second, who sets blockOwnerDeletion needs a right on the owner's finalizers, as on OpenShift.
+        "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
         f"--service-cluster-ip-range={SERVICE_RANGE}",
         "--allow-privileged",
         # By its address: the name of the node is in no DNS.
