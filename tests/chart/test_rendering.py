@@ -23,6 +23,7 @@ _MODES: dict[str, dict[str, Any]] = {
     "cert-manager": {"tls": {"certManager": {"enabled": True}}},
     "own-issuer": {"tls": {"certManager": {"enabled": True, "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}}},
     "existing-secret": {"tls": {"existingSecret": "reports-tls"}},
+    "network-policies": {"networkPolicy": {"enabled": True}, "namespaces": ["team-a"]},
     "service-monitor": {"metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}},
 }
 
@@ -55,6 +56,25 @@ def test_rendering_is_the_golden_one(template: Any, golden: Any, mode: str) -> N
     text = "---\n".join(document for document in documents if "/templates/crds.yaml" not in document)
 
     golden(f"{mode}.yaml", _mask(text))
+
+
+def test_network_policies_are_the_golden_ones(template: Any, golden: Any) -> None:
+    documents = template(_MODES["network-policies"]).split("---\n")
+
+    golden("network-policies.yaml", "---\n".join(each for each in documents if "kind: NetworkPolicy\n" in each))
+
+
+def test_network_policies_name_the_ports_and_pods_that_there_are(render: Render) -> None:
+    documents = render(_MODES["network-policies"])
+    operator, trainers = (each["spec"] for each in documents if each["kind"] == "NetworkPolicy")
+    (container,) = _pod(documents)["containers"]
+    (deployment,) = (each for each in documents if each["kind"] == "Deployment")
+    named = {port["port"] for rule in operator["ingress"] for port in rule["ports"]}
+
+    assert {port["name"] for port in container["ports"]} == named
+    assert operator["podSelector"]["matchLabels"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert {names.LABEL_MANAGED_BY: names.MANAGED_BY} == trainers["podSelector"]["matchLabels"]
+    assert [{"key": names.LABEL_JOB, "operator": "Exists"}] == trainers["podSelector"]["matchExpressions"]
 
 
 def _mask(text: str) -> str:
@@ -222,6 +242,7 @@ def test_the_pod_mounts_the_secret_of_each_mode(render: Render) -> None:
         "cert-manager": "finetune-operator-certificate",
         "own-issuer": "finetune-operator-certificate",
         "existing-secret": "reports-tls",
+        "network-policies": "finetune-operator-tls",
         "service-monitor": "finetune-operator-tls",
     } == mounted
     assert [] == render(_MODES["existing-secret"], kind="Secret")
