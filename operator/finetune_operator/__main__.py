@@ -19,7 +19,15 @@ from finetune_operator.controller import Controller
 from finetune_operator.errors import OperatorError, StartError
 from finetune_operator.health import Health, HealthServer
 from finetune_operator.logs import configure_logging
-from finetune_operator.metrics import QUEUE_WAIT_SECONDS, WATCH_EVENTS, Metrics
+from finetune_operator.metrics import (
+    AUDIT_AGE_SECONDS,
+    AUDIT_INTERVAL_SECONDS,
+    LOOP_LAG_SECONDS,
+    QUEUE_WAIT_SECONDS,
+    SYNCED,
+    WATCH_EVENTS,
+    Metrics,
+)
 from finetune_operator.queue import WorkQueue
 from finetune_operator.recorder import Recorder
 from finetune_operator.reports import ReportReceiver, ReportServer
@@ -56,7 +64,11 @@ class Operator:
             watchers=handlers.name_watchers(settings.namespaces),
             max_audit_age_seconds=3 * settings.audit_seconds + 120,
             read_audit_age=lambda: self._auditor.age_seconds,
+            observe_lag=lambda seconds: metrics.observe(LOOP_LAG_SECONDS, seconds),
         )
+        metrics.watch(SYNCED, lambda: float(self._health.is_synced))
+        metrics.watch(AUDIT_AGE_SECONDS, lambda: self._auditor.age_seconds)
+        metrics.watch(AUDIT_INTERVAL_SECONDS, lambda: settings.audit_seconds)
         receiver = ReportReceiver(store=self._store, reviewer=cluster, enqueue=self._queue.add, metrics=metrics, clock=_now)
         self._report_server = ReportServer(
             receiver,

@@ -23,7 +23,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import kube_config
 
 from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError, build_api_error
-from finetune_operator.metrics import API_REQUESTS, Metrics, classify_code
+from finetune_operator.metrics import API_REQUEST_SECONDS, API_REQUESTS, Metrics, classify_code
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion
 from finetune_operator.throttle import TokenBucket
@@ -229,7 +229,7 @@ class Cluster:
         self, verb: str, url: str, *, resource: str, body: RawObject | None, content_type: str, accept: str
     ) -> "Answer":
         headers = await self._build_headers() | {"Accept": accept, "Content-Type": content_type}
-        status = 0
+        status, started_at = 0, time.monotonic()
         try:
             response = await self._api.call_api(
                 _METHODS[verb],
@@ -245,6 +245,7 @@ class Cluster:
             raise ApiError(f"{verb} {url}: {error!r}", status=0, reason="NoAnswer") from error
         finally:
             self._metrics.count(API_REQUESTS, verb=verb, resource=resource, code=classify_code(status))
+            self._metrics.observe(API_REQUEST_SECONDS, time.monotonic() - started_at, verb=verb)
 
     async def _build_headers(self) -> dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}

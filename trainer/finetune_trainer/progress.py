@@ -9,6 +9,7 @@ from finetune_api.contract import FailureReport, TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, TrainerStatus
 
 from finetune_trainer.budget import Budget
+from finetune_trainer.metrics import Totals
 
 # Less than this is done too early to say how long the rest takes.
 LEAST_SHARE_FOR_ESTIMATE = 0.05
@@ -34,7 +35,9 @@ _SHARES_OF_PROBE = {Phase.READ: 0.15, Phase.FEATURES: 0.6, Phase.PROBE: 0.15, Ph
 class Progress:
     """Collects what the stages say and hands reports to the sinks."""
 
-    def __init__(self, budget: Budget, sinks: Sequence[Sink], *, with_finetune: bool) -> None:
+    def __init__(self, budget: Budget, sinks: Sequence[Sink], *, with_finetune: bool, totals: Totals | None = None) -> None:
+        self.totals = totals or Totals()
+        """What is shown to Prometheus."""
         self._budget = budget
         self._sinks = tuple(sinks)
         self._shares = _SHARES_WITH_FINETUNE if with_finetune else _SHARES_OF_PROBE
@@ -50,6 +53,7 @@ class Progress:
     def begin(self, phase: Phase) -> None:
         """Enter a phase, and report at once."""
         self._phase, self._fraction, self._remaining_seconds = phase, 0.0, None
+        self.totals.phase = phase.value
         self._deliver(self.report(), urgent=True)
 
     def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
@@ -84,6 +88,7 @@ class Progress:
         before = sum(self._shares[phase] for phase in phases[: phases.index(self._phase)])
         share = before + self._shares[self._phase] * self._fraction
         self._highest = max(self._highest, min(99, int(share * 100)))
+        self.totals.progress_ratio = self._highest / 100
         remaining = self._estimate_remaining(share)
         status = TrainerStatus(
             progress_percentage=self._highest,
