@@ -45,6 +45,17 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session")
+def find_program() -> Callable[[str], str]:
+    """Return where a program lies that the local cluster's tooling compiles or fetches."""
+
+    def find(name: str) -> str:
+        command = [sys.executable, str(ROOT / "hack" / "cluster"), "path", name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    return find
+
+
 class Api:
     """Plain requests to an API server as the administrator."""
 

@@ -11,6 +11,8 @@ from localcluster.errors import ClusterError
 from localcluster.images import NAMES as IMAGE_NAMES
 from localcluster.images import clean_builds, ensure_images
 from localcluster.paths import instance_named
+from localcluster.prometheus import PROGRAMS as PROMETHEUS
+from localcluster.prometheus import ensure_prometheus
 from localcluster.volumes import ensure_volume
 
 
@@ -48,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
         case "prepare":
             _prepare(arguments.name)
         case "path":
-            print(binary(arguments.program))
+            find = ensure_prometheus if arguments.program in PROMETHEUS else binary
+            print(find(arguments.program))
         case "env":
             _print_environment(arguments.name)
 
@@ -87,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_volume(commands.add_parser("volume", help="make a host directory that pods see through a claim"))
     commands.add_parser("binaries", help="compile the programs that are not in the cache")
     _add_name(commands.add_parser("prepare", help="compile the programs and build the images, side by side"))
-    path_parser = commands.add_parser("path", help="print where a program lies, compiling it if need be")
+    path_parser = commands.add_parser("path", help="print where a program lies, compiling or fetching it if need be")
     path_parser.add_argument("program")
     _add_name(commands.add_parser("env", help="print shell lines that set KUBECONFIG and PATH"))
     return parser

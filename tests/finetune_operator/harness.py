@@ -89,6 +89,11 @@ class Operator:
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8")
 
+    @property
+    def metrics_address(self) -> str:
+        """Return where the metrics are served."""
+        return f"127.0.0.1:{self._environment['FINETUNE_METRICS_PORT']}"
+
     def scrape(self) -> str:
         """Return the metrics page."""
         return self._fetch("METRICS", "/metrics")
