@@ -473,11 +473,11 @@ class TrainerStatus(ApiModel):
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
     """progressPercentage is how much of the training is done, from 0 to 100."""
     estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
-    """estimatedRemainingSeconds is the time that is probably left."""
+    """estimatedRemainingSeconds is the time that is probably left, estimated from the steps of this attempt."""
     metrics: Annotated[tuple[Metric, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})] = ()
     """metrics are the latest values that the trainer reported."""
     last_updated_time: datetime | None = None
-    """lastUpdatedTime is when the trainer made this report."""
+    """lastUpdatedTime is when the report was received."""
 
 
 class OutputStatus(ApiModel):

@@ -3,6 +3,7 @@
 A report counts only when its token was made for this receiver and belongs to a pod of the very FineTuneJob that it is about.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -22,7 +23,8 @@ from pydantic import ValidationError
 
 from finetune_operator.errors import ApiError
 from finetune_operator.metrics import REPORTS_RECEIVED, Metrics
-from finetune_operator.observed import PodView, ReceivedReport
+from finetune_operator.observed import PodView
+from finetune_operator.policies.progress import receive
 from finetune_operator.store import Store
 from finetune_operator.views import Key, RawObject, Record, Reviewed
 
@@ -66,6 +68,7 @@ class ReportReceiver:
         metrics: Metrics,
         clock: Callable[[], datetime],
         monotonic: Callable[[], float] = time.monotonic,
+        body_seconds: float = 10.0,
     ) -> None:
         self._store = store
         self._reviewer = reviewer
@@ -73,6 +76,7 @@ class ReportReceiver:
         self._metrics = metrics
         self._clock = clock
         self._monotonic = monotonic
+        self._body_seconds = body_seconds
         self._cache: OrderedDict[bytes, tuple[float, Reviewed | None]] = OrderedDict()
         self._num_reviews = 0
 
@@ -85,17 +89,30 @@ class ReportReceiver:
     async def _receive(self, request: web.Request) -> web.Response:
         key = request.match_info["namespace"], request.match_info["name"]
         pod = self._find_pod(key, await self._review(_read_token(request)))
-        content, report = _parse(await request.read())
+        content, report = _parse(await self._read_body(request))
         attempt = self._store.children.find((key[0], pod.content.child))
         if attempt is None:
             raise _forbidden("the Job of the token's pod is not known")
-        received = ReceivedReport(
-            run=attempt.content.run, attempt=attempt.content.attempt, received_at=self._clock(), report=report
+        received = receive(
+            self._store.find_report(key),
+            report,
+            child=attempt.content,
+            received_at=self._clock(),
+            monotonic=self._monotonic(),
         )
         self._store.put_report(key, received)
         self._enqueue(key)
         self._metrics.count(REPORTS_RECEIVED, result="accepted")
         return web.json_response(content)
+
+    async def _read_body(self, request: web.Request) -> bytes:
+        """Return the body, or give up on a sender that lets us wait."""
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return await request.read()
+        except TimeoutError as error:
+            message = f"the body did not arrive within {self._body_seconds:g} s"
+            raise ReportError(HTTPStatus.REQUEST_TIMEOUT, message, result="malformed", reason="Timeout") from error
 
     def _find_pod(self, key: Key, reviewed: Reviewed) -> Record[PodView]:
         """Return the pod that the token was made for, if it works for the FineTuneJob of this key."""

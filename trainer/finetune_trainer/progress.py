@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from finetune_api.contract import FailureReport, TrainerReport
+from finetune_api.contract import FailureReport, TimeLeft, TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, TrainerStatus
 
 from finetune_trainer.budget import Budget
@@ -43,6 +43,7 @@ class Progress:
         self._fraction = 0.0
         self._highest = 0
         self._remaining_seconds: float | None = None
+        self._after_steps_seconds: float | None = None
         self._metrics: dict[str, str] = {}
         self._delivered = 0.0
         self._checkpoint: CheckpointStatus | None = None
@@ -52,10 +53,12 @@ class Progress:
         self._phase, self._fraction, self._remaining_seconds = phase, 0.0, None
         self._deliver(self.report(), urgent=True)
 
-    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
-        """Say how much of the phase is done and, if known, how long the rest of the job takes."""
+    def advance(self, fraction: float, *, steps_seconds: float | None = None, after_steps_seconds: float | None = None) -> None:
+        """Say how much of the phase is done and, if known, how long the steps that are left take, and what follows them."""
         self._fraction = min(1.0, fraction)
-        self._remaining_seconds = remaining_seconds
+        self._remaining_seconds = None
+        if steps_seconds is not None and after_steps_seconds is not None:
+            self._remaining_seconds, self._after_steps_seconds = steps_seconds + after_steps_seconds, after_steps_seconds
         now = time.monotonic()
         if now - self._delivered > 0.5:
             self._delivered = now
@@ -91,7 +94,19 @@ class Progress:
             metrics=tuple(Metric(name=name, value=value) for name, value in self._metrics.items()),
             last_updated_time=datetime.now(UTC),
         )
-        return TrainerReport(trainer_status=status, checkpoint=self._checkpoint)
+        return TrainerReport(trainer_status=status, time_left=self._build_time_left(), checkpoint=self._checkpoint)
+
+    def _build_time_left(self) -> TimeLeft | None:
+        """Return what the operator cannot tell from our steps; without fine-tuning the percentage is all there is."""
+        if not self._with_finetune:
+            return None
+        budget, after_steps = self._budget.remaining_seconds(), self._after_steps_seconds
+        if after_steps is not None and self._phase is Phase.FINISH:
+            after_steps *= 1 - self._fraction
+        return TimeLeft(
+            after_steps_seconds=None if after_steps is None else round(max(0.0, after_steps), 1),
+            budget_seconds=None if budget is None else round(max(0.0, budget), 1),
+        )
 
     def _estimate_remaining(self, share: float) -> float | None:
         if self._highest == 100 or self._remaining_seconds is not None:

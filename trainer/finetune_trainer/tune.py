@@ -173,7 +173,9 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
             current_step=note.pace.done,
             total_steps=note.pace.done + note.steps_left,
         )
-        job.progress.advance(note.pace.progress, remaining_seconds=note.steps_left * note.step_seconds + reserve_seconds)
+        job.progress.advance(
+            note.pace.progress, steps_seconds=note.steps_left * note.step_seconds, after_steps_seconds=reserve_seconds
+        )
 
     tuned, last = finetune(
         build_classifier(job, v0.probe.head),
