@@ -25,6 +25,7 @@ from finetune_operator.recorder import Recorder
 from finetune_operator.reports import ReportReceiver, ReportServer
 from finetune_operator.settings import Settings, load_settings, load_trainer_settings
 from finetune_operator.store import Store
+from finetune_operator.throttle import Turns
 from finetune_operator.views import Key, Kind, RawObject, is_unanswered
 
 logger = logging.getLogger("finetune_operator")
@@ -72,6 +73,7 @@ class Operator:
             recorder=self._recorder,
             metrics=metrics,
             settings=load_trainer_settings(settings),
+            progress_turns=Turns(rate=settings.progress_writes_per_second, clock=time.monotonic),
             clock=_now,
         )
         self._stop = asyncio.Event()

@@ -66,6 +66,8 @@ class Settings(BaseModel):
     """Longest delay before a retry."""
     progress_seconds: Annotated[float, Field(gt=0)] = 10
     """Shortest time between two status writes of one FineTuneJob that only carry progress."""
+    progress_writes_per_second: Annotated[float, Field(gt=0)] = 100
+    """Rate of status writes that only carry progress, over all FineTuneJobs. Beyond it they wait their turn."""
     evidence_seconds: Annotated[float, Field(gt=0)] = 10
     """How long to wait for the pod of a finished Job to show how it ended."""
 

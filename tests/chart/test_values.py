@@ -45,6 +45,7 @@ _CHANGES: dict[str, Any] = {
     "retries.limitSeconds": 7.5,
     "retries.evidenceSeconds": 7.5,
     "progress.intervalSeconds": 7.5,
+    "progress.writesPerSecond": 25,
     "audit.intervalSeconds": 7.5,
     "resources": {"requests": {"cpu": "700m"}},
     "nodeSelector": {"pool": "system"},
