@@ -160,7 +160,9 @@ class TimeLeft(ContractModel):
 
 def keep_most_telling(status: object) -> object:
     """Return a raw trainerStatus with at most as many metrics as the status of a FineTuneJob holds, in their order."""
-    metrics = status.get("metrics") if isinstance(status, dict) else None
+    if not isinstance(status, dict):
+        return status
+    metrics = status.get("metrics")
     if not isinstance(metrics, list) or not MAX_METRICS < len(metrics) <= MAX_REPORTED_METRICS:
         return status
     steps = [each for each in metrics if isinstance(each, dict) and each.get("name") in STEP_METRICS][:MAX_METRICS]
