@@ -35,6 +35,8 @@ ANNOTATION_ACCELERATORS = f"{GROUP}/accelerators"
 ANNOTATION_ACCELERATOR_KIND = f"{GROUP}/accelerator-kind"
 ANNOTATION_PRICE = f"{GROUP}/price-per-accelerator-hour"
 ANNOTATION_TRAINING_SECONDS = f"{GROUP}/training-seconds"
+# On the Lease: where the leader receives the reports that other replicas hand on.
+ANNOTATION_REPORT_URL = f"{GROUP}/report-url"
 
 FIELD_MANAGER = "finetune-operator"
 STATUS_FIELD_MANAGER = "finetune-operator-status"

@@ -18,13 +18,25 @@ M = TypeVar("M", bound=MetricWrapperBase)
 OTHER = "Other"
 STATES = (*get_args(StateReason), OTHER)
 RESULTS = ("success", "requeue", "refused", "error")
-VERBS = ("get", "list", "create", "patch", "delete")
+VERBS = ("get", "list", "create", "update", "patch", "delete")
 RESOURCES = (
     "finetunejobs", "finetunejobs/status", "finetuneprofiles", "jobs", "pods", "services", "resourceclaimtemplates", "events",
-    "tokenreviews",
+    "tokenreviews", "leases",
 )  # fmt: skip
 CODES = ("2xx", "4xx", "5xx", "none")
-REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "malformed", "invalid", "throttled", "error")
+REPORTS = (
+    "accepted",
+    "forwarded",
+    "unauthorized",
+    "forbidden",
+    "not_found",
+    "too_large",
+    "malformed",
+    "invalid",
+    "throttled",
+    "no_leader",
+    "error",
+)
 EVENTS = ("created", "repeated", "dropped", "error")
 AUDITS = ("clean", "repaired", "deaf", "error")
 ENDS = ("Complete", "Failed")
@@ -48,10 +60,18 @@ class Definition:
     buckets: tuple[float, ...] = ()
 
 
+LEADER = Definition(
+    type="gauge", name="finetune_leader", help="Whether this replica leads (1), so that it may write, or stands by (0)."
+)
+LEADER_TRANSITIONS = Definition(
+    type="gauge",
+    name="finetune_leader_transitions",
+    help="Number of changes of the leader since the Lease was created, as this replica saw it last.",
+)
 JOBS = Definition(
     type="gauge",
     name="finetune_jobs",
-    help="Number of FineTuneJobs by state, where Other is every state that names a problem.",
+    help="Number of FineTuneJobs by state, where Other is every state that names a problem. Only the leader counts them.",
     labels={"state": STATES},
 )
 RECONCILES = Definition(
@@ -154,8 +174,8 @@ AUDIT_PURGES = Definition(
 )
 
 DEFINITIONS = (
-    JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES, LOST_SECONDS,
-    ACCELERATOR_SECONDS, WASTED_ACCELERATOR_SECONDS, START_SECONDS, END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS,
+    LEADER, LEADER_TRANSITIONS, JOBS, RECONCILES, RECONCILE_SECONDS, QUEUE_KEYS, QUEUE_WAIT_SECONDS, API_REQUESTS, RETRIES,
+    LOST_SECONDS, ACCELERATOR_SECONDS, WASTED_ACCELERATOR_SECONDS, START_SECONDS, END_SECONDS, REPORTS_RECEIVED, WATCH_EVENTS,
     EVENTS_RECORDED, AUDITS_DONE, AUDIT_PURGES,
 )  # fmt: skip
 
@@ -170,6 +190,12 @@ class Metrics:
     def watch_states(self, count_states: Callable[[], Mapping[str, int]]) -> None:
         """Count the FineTuneJobs by state at every scrape."""
         self.registry.register(StateCollector(count_states))
+
+    def watch(self, definition: Definition, read: Callable[[], float]) -> None:
+        """Read the value of a gauge at every scrape."""
+        gauge = self._metrics[definition.name]
+        assert isinstance(gauge, Gauge)
+        gauge.set_function(read)
 
     def watch_queue(self, count_keys: Callable[[], int]) -> None:
         """Read the length of the queue at every scrape."""
