@@ -13,6 +13,10 @@ _DIGEST = f"sha256:{'0' * 64}"
 
 # A value other than the default for each, and the values without which it has no effect.
 _CHANGES: dict[str, Any] = {
+    "replicas": 3,
+    "leaderElection.leaseSeconds": 17,
+    "leaderElection.renewSeconds": 7.5,
+    "leaderElection.retrySeconds": 0.7,
     "image.repository": "registry.test/operator",
     "image.tag": "v9",
     "image.digest": _DIGEST,
@@ -95,7 +99,10 @@ def test_digest_wins_over_the_tag(template: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("replicas", 2),
+        ("replica", 2),
+        ("replicas", -1),
+        ("leaderElection.leaseSeconds", 1),
+        ("leaderElection.retrySeconds", 0),
         ("image.name", "operator"),
         ("trainer.images.tag", "1"),
         ("tls.certManager.issuer", "corp"),
