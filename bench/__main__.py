@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-NAMES = ("features", "step", "tasks", "tutorial", "operator", "kills")
+NAMES = ("features", "step", "tasks", "tutorial", "operator", "leader", "kills")
 ON_REQUEST = ("peers",)  # installs another environment
 
 

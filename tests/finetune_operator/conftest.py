@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from harness import (
     CLUSTER_RULES,
+    LEASE_RULES,
     RULES,
     SPEC,
     Operator,
@@ -151,11 +152,17 @@ def team(api: Any) -> Iterator[Team]:
 
 
 @pytest.fixture
-def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Operator]:
+def operator_settings() -> dict[str, str]:
+    """Settings of a module's own."""
+    return {}
+
+
+@pytest.fixture
+def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path, operator_settings: dict[str, str]) -> Iterator[Operator]:
     """An operator for the team's namespace, not started yet."""
     grant_rights(team)
     write_kubeconfig(team, tmp_path / "kubeconfig")
-    operator = build_operator(team, tls=tls, folder=tmp_path)
+    operator = build_operator(team, tls=tls, folder=tmp_path, **operator_settings)
     yield operator
     operator.stop()
     assert "Traceback" not in operator.log, operator.log
@@ -174,7 +181,7 @@ def until() -> Callable[..., Any]:
 
 @pytest.fixture
 def rules() -> list[dict[str, list[str]]]:
-    return [*RULES, *CLUSTER_RULES]
+    return [*RULES, *CLUSTER_RULES, *LEASE_RULES]
 
 
 @pytest.fixture

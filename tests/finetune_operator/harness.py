@@ -34,11 +34,13 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
     """Return rules as the chart has them: its definitions are plain YAML."""
     text = _CHART_ROLE.read_text(encoding="utf-8")
     block = text.split(f'{{{{- define "finetune-operator.{name}" -}}}}', 1)[1].split("{{- end -}}", 1)[0]
+    block = block.replace('{{ include "finetune-operator.fullname" . }}', "finetune-operator")
     return list(yaml.safe_load(block))
 
 
 RULES = _read_rules("rules")
 CLUSTER_RULES = _read_rules("clusterRules")
+LEASE_RULES = _read_rules("leaseRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
@@ -64,13 +66,22 @@ class Operator:
         self._environment = environment
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self.report_port = environment["FINETUNE_REPORT_PORT"]
         self.report_url = environment["FINETUNE_REPORT_URL"]
 
     def start(self) -> "Operator":
+        self.launch()
+        return self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the process and do not wait."""
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "finetune_operator"]
             self._process = subprocess.Popen(command, env=os.environ | self._environment, stderr=log)  # noqa: TID251
-        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}")
+
+    def wait_until_ready(self) -> "Operator":
+        # On a machine that is very busy a process takes a minute to begin.
+        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}", seconds=180)
         return self
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -79,6 +90,26 @@ class Operator:
         if self._process.poll() is None:
             self._process.send_signal(number)
         return self._process.wait(timeout=30)
+
+    def send(self, number: int) -> None:
+        """Send a signal and do not wait."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_status(self) -> int | None:
+        """The exit status of a process that has ended."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def wait(self, *, seconds: float = 60) -> int:
+        """Wait until the process ends by itself, and return its exit status."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
 
     def replace_token(self, team: "Team") -> None:
         """Make the service account's token void, and put a new one into the kubeconfig."""
@@ -114,7 +145,7 @@ class Team:
 
     def path(self, plural: str, name: str = "") -> str:
         prefix = {"finetunejobs": "/apis/finetune.dev/v1alpha1", "jobs": "/apis/batch/v1"}.get(plural, "/api/v1")
-        prefix = "/apis/events.k8s.io/v1" if plural == "events" else prefix
+        prefix = {"events": "/apis/events.k8s.io/v1", "leases": "/apis/coordination.k8s.io/v1"}.get(plural, prefix)
         return f"{prefix}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
     def apply(
@@ -246,6 +277,8 @@ def build_operator(team: Team, *, tls: tuple[Path, Path], folder: Path, name: st
         "FINETUNE_RETRY_BASE_SECONDS": "0.2",
         "FINETUNE_PROGRESS_SECONDS": "0.2",
         "FINETUNE_EVIDENCE_SECONDS": "2",
+        "FINETUNE_LEADER_ELECTION": "false",
+        "FINETUNE_LEASE_NAMESPACE": team.namespace,
     }
     settings = {f"FINETUNE_{each.upper()}": value for each, value in settings.items()}
     return Operator(environment=environment | settings, log=folder / f"{name}.log")
@@ -256,7 +289,7 @@ def grant_rights(team: Team) -> None:
     subject = {"kind": "ServiceAccount", "name": "operator", "namespace": team.namespace}
     name = f"operator-{team.namespace}"
     for kind, rules, prefix in (
-        ("Role", RULES, f"{_RBAC}/namespaces/{team.namespace}"),
+        ("Role", [*RULES, *LEASE_RULES], f"{_RBAC}/namespaces/{team.namespace}"),
         ("ClusterRole", CLUSTER_RULES, _RBAC),
     ):
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
