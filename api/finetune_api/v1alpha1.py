@@ -580,8 +580,8 @@ class Usage(ApiModel):
 class FineTuneJobStatus(ApiModel):
     """What the operator observed. Written by the operator alone."""
 
-    observed_generation: Annotated[int, Field(ge=0)] | None = None
-    """observedGeneration is the metadata.generation that this status was derived from."""
+    observed_generation: Annotated[int, Field(ge=-1)] | None = None
+    """observedGeneration is the metadata.generation that this status was derived from; -1 before the operator's first look."""
     run: ShortText | None = None
     """run identifies the training: a hash of the fields that shape it. A change of one of them starts a new run."""
     attempt: Annotated[int, Field(ge=0)] = 0
@@ -652,7 +652,8 @@ class FineTuneJob(ApiModel):
 
     spec: FineTuneJobSpec
     """spec is what to train, on what, and how."""
-    status: FineTuneJobStatus | None = None
+    # Without a status, kstatus and the tools that build on it would take a job for ready that no operator has looked at.
+    status: FineTuneJobStatus | None = Field(default=None, json_schema_extra={"default": {"observedGeneration": -1}})
     """status is what the operator observed."""
 
 
