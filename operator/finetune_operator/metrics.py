@@ -25,7 +25,7 @@ RESOURCES = (
 )  # fmt: skip
 CODES = ("2xx", "4xx", "5xx", "none")
 REPORTS = ("accepted", "unauthorized", "forbidden", "not_found", "too_large", "malformed", "invalid", "throttled", "error")
-EVENTS = ("created", "repeated", "dropped", "error")
+EVENTS = ("created", "repeated", "limited", "dropped", "error")
 AUDITS = ("clean", "repaired", "deaf", "error")
 ENDS = ("Complete", "Failed")
 CAUSES = ("disruption", "oom", "error", "stop")

@@ -17,11 +17,17 @@ class TokenBucket:
 
     def reserve(self) -> float:
         """Take one token and return the seconds after which it may be used."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
+        now = self._fill()
         self._tokens -= 1
         return max(0.0, -self._tokens / self._rate, self._blocked_until - now)
+
+    def take(self) -> bool:
+        """Take one token if there is one, and return whether there was."""
+        self._fill()
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
     def block(self, seconds: float) -> None:
         """Let nothing pass for a while, because the server asked for that."""
@@ -32,3 +38,10 @@ class TokenBucket:
         seconds = self.reserve()
         if seconds > 0:
             await asyncio.sleep(seconds)
+
+    def _fill(self) -> float:
+        """Put in what has come since the last time, and return the time."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        return now

@@ -35,3 +35,12 @@ def test_nothing_passes_while_the_server_asks_for_patience() -> None:
     clock.now = 7
 
     assert bucket.reserve() == 0
+
+
+def test_a_token_is_there_or_not() -> None:
+    clock = Clock()
+    bucket = TokenBucket(rate=0.1, burst=2, clock=clock)
+
+    assert [bucket.take() for _ in range(4)] == [True, True, False, False]
+    clock.now = 10
+    assert [bucket.take() for _ in range(2)] == [True, False]
