@@ -5,7 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localcluster.binaries import CLUSTER, binaries_folder, binary, ensure_binaries
+from localcluster.binaries import CLUSTER, JUDGES, binaries_folder, binary, ensure_binaries
 from localcluster.cluster import all_instances, describe, down, up
 from localcluster.errors import ClusterError
 from localcluster.images import NAMES as IMAGE_NAMES
@@ -62,7 +62,10 @@ def _down(arguments: argparse.Namespace) -> None:
 def _prepare(name: str) -> None:
     """Compile and build side by side: each waits for the network or a disk while the other computes."""
     with ThreadPoolExecutor() as pool:
-        parts = (pool.submit(ensure_binaries, CLUSTER), pool.submit(ensure_images, instance_named(name), names=IMAGE_NAMES))
+        parts = (
+            pool.submit(ensure_binaries, (*CLUSTER, *JUDGES)),
+            pool.submit(ensure_images, instance_named(name), names=IMAGE_NAMES),
+        )
     for part in parts:
         part.result()
 
