@@ -10,6 +10,7 @@ from finetune_api.v1alpha1 import FineTuneJobSpec, Metric
 from finetune_operator.observed import ChildState, Observed, ReceivedReport
 from finetune_operator.outcome import EventType, Outcome
 from finetune_operator.reconcile import reconcile
+from statuses import record
 from world import PUBLISHED, SETTINGS, SPEC, START, World, build_report
 
 
@@ -345,6 +346,7 @@ def test_an_unreadable_spec_stalls_and_touches_nothing() -> None:
     outcome = reconcile(job, world.observed, now=world.now, settings=SETTINGS)
 
     assert outcome.status is not None
+    record(outcome.status, generation=world.generation)
     assert ((), ()) == (outcome.delete, outcome.apply)
     assert is_true(outcome.status.conditions, "Stalled")
 
