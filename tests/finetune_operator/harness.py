@@ -70,7 +70,7 @@ class Operator:
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "finetune_operator"]
             self._process = subprocess.Popen(command, env=os.environ | self._environment, stderr=log)  # noqa: TID251
-        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}")
+        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}", seconds=180)
         return self
 
     def stop(self, number: int = signal.SIGTERM) -> int:
