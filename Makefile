@@ -72,6 +72,19 @@ bench: sync ## Measure the trainer and the operator; prints the tables of docs/b
 	$(CLUSTER) binaries
 	$(RUN) python -m bench $(BENCH_ARGS)
 
+.PHONY: bench-scale
+bench-scale: sync ## Measure how far the operator goes, with kwok as all kubelets; BENCH_ARGS="--part burst --jobs 1000".
+	$(CLUSTER) binaries
+	$(CLUSTER) path kwok
+	$(RUN) python -m bench.scale $(BENCH_ARGS)
+
+BASE_IMAGE ?=
+
+.PHONY: release-check
+release-check: sync ## Check hashes, licences and risky code; write a bill of materials for each image into dist/.
+	$(UV) lock --check --quiet
+	$(PYTHON) hack/release_check.py --uv $(UV) --base-image "$(BASE_IMAGE)"
+
 .PHONY: cluster-up
 cluster-up: ## Start the local cluster with its node; prints the kubeconfig's path.
 	$(CLUSTER) up

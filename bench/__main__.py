@@ -4,8 +4,8 @@ import argparse
 import subprocess
 import sys
 
-NAMES = ("features", "step", "tasks", "tutorial", "operator", "kills")
-ON_REQUEST = ("peers",)  # installs another environment
+NAMES = ("features", "step", "tasks", "tutorial", "operator", "reports", "leader", "kills")
+ON_REQUEST = ("peers", "scale")  # installs another environment; takes a machine for itself
 
 
 def main() -> int:

@@ -128,6 +128,7 @@ def run_operator(kubeconfig: Path, folder: Path) -> Iterator[subprocess.Popen[by
         "FINETUNE_REPORT_CA_FILE": str(certificate),
         "FINETUNE_TLS_CERTIFICATE_FILE": str(certificate),
         "FINETUNE_TLS_KEY_FILE": str(key),
+        "FINETUNE_LEADER_ELECTION": "false",
     }
     environment = os.environ | settings  # noqa: TID251  the operator's own settings travel this way
     with (folder / "log").open("wb") as log:

@@ -54,6 +54,8 @@ def install_operator(*settings: str) -> None:
         f"image.tag={operator[1]}",
         f"trainer.image.repository={trainer[0]}",
         f"trainer.image.tag={trainer[1]}",
+        # One node: a second replica would protect against nothing, and take from the trainers' memory.
+        "replicas=1",
         *settings,
     )
     ensure_namespace(OPERATOR_NAMESPACE)

@@ -1,4 +1,4 @@
-"""Write everything that is generated: the CRD, the chart's CRD, schema and README, and the reference pages."""
+"""Write everything that is generated: the CRD, the chart's CRD, policy, schema and README, and the reference pages."""
 
 import sys
 from collections.abc import Iterable
@@ -9,9 +9,16 @@ import yaml
 from finetune_api import names
 from finetune_api.crd import build_crd, build_crds, build_profile_crd
 from finetune_operator.accelerator_classes import AcceleratorClass, AcceleratorClasses
-from finetune_operator.metrics import build_reference as build_metrics_page
+from generate_admission import build_admission_template
 from generate_chart import build_readme, build_values_schema
-from generate_reference import build_api_page, build_classes_page, build_exit_codes_page, build_settings_page
+from generate_dashboard import build_dashboard
+from generate_reference import (
+    build_api_page,
+    build_classes_page,
+    build_exit_codes_page,
+    build_metrics_page,
+    build_settings_page,
+)
 from pydantic import TypeAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +48,8 @@ def build_files() -> dict[Path, str]:
             for crd in build_crds()
         },
         CHART / "templates" / "crds.yaml": build_crd_template(build_crds()),
+        CHART / "templates" / "admission-policy.yaml": build_admission_template(build_crd(), notice=_NOTICE),
+        CHART / "files" / "dashboard.json": build_dashboard(),
         CHART / "values.schema.json": build_values_schema(values),
         CHART / "README.md": build_readme(readme, values),
         Path("docs/reference/finetunejob.md"): _with_notice(build_api_page(build_crd())),

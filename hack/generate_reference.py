@@ -8,7 +8,9 @@ from typing import Any, get_args, get_origin
 
 from finetune_api import contract, names
 from finetune_operator.accelerator_classes import AcceleratorClass
+from finetune_operator.metrics import DEFINITIONS, PROCESS_DEFINITIONS, list_rows
 from finetune_operator.settings import Settings
+from finetune_trainer import metrics as trainer_metrics
 
 Schema = dict[str, Any]
 
@@ -39,6 +41,22 @@ Words in braces stand for fields of `spec.accelerator`; a label whose field a jo
 | class | the pod requests | processes for each | device | backend | labels of the node | taints tolerated | environment |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+
+_METRICS_HEAD = """# Metrics
+
+[Monitoring](../tasks/monitoring.md) says how to have them scraped, and what dashboard and alerts the chart brings.
+Labels have a fixed set of values: never a name, a uid or a message.
+The one exception is the namespace of a job where its use of accelerators is counted.
+"""
+
+_METRICS_TABLE = """| metric | type | labels | meaning |
+| --- | --- | --- | --- |
+"""
+
+_METRICS_OF_OPERATOR = "The operator serves these on port 8080 of its pod."
+
+_METRICS_OF_TRAINER = """Each trainer pod serves these on its port `metrics` (8080), for the first of its processes.
+Counters begin at zero in each attempt."""
 
 _EXIT_CODES_HEAD = """# Exit codes of the trainer
 
@@ -79,6 +97,21 @@ def build_exit_codes_page() -> str:
     meanings = _read_member_docstrings(contract.ExitCode)
     rows = (f"| {code.value} | `{code.name}` | {meanings[code.name]} | {_say_retried(code)} |\n" for code in contract.ExitCode)
     return _EXIT_CODES_HEAD + "".join(rows)
+
+
+def build_metrics_page() -> str:
+    """Return the page of the metrics of operator and trainer."""
+    operator = list_rows((*DEFINITIONS, *PROCESS_DEFINITIONS))
+    trainer = [_build_metric_row(each) for each in trainer_metrics.DEFINITIONS]
+    return _METRICS_HEAD + "".join(
+        f"\n## {name}\n\n{text}\n\n{_METRICS_TABLE}" + "\n".join(rows) + "\n"
+        for name, text, rows in (("Operator", _METRICS_OF_OPERATOR, operator), ("Trainer", _METRICS_OF_TRAINER, trainer))
+    )
+
+
+def _build_metric_row(each: trainer_metrics.Definition) -> str:
+    labels = f"`{each.labels[0]}`: {', '.join(each.values)}" if each.labels else "-"
+    return f"| `{each.name}` | {each.type} | {labels} | {each.help} |"
 
 
 def _walk(path: str, node: Schema) -> Iterator[tuple[str, Schema]]:

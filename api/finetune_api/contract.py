@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
 from finetune_api import names
@@ -29,6 +29,11 @@ from finetune_api.v1alpha1 import (
 # The kubelet keeps this much of a termination message:
 # https://kubernetes.io/docs/tasks/debug/debug-application/determine-reason-pod-failure/
 MAX_TERMINATION_MESSAGE_BYTES = 4096
+
+# A report may have as many metrics as KEP-2779 allows; so many of them, the steps among them, are kept.
+MAX_REPORTED_METRICS = 256
+MAX_METRICS = 32
+STEP_METRICS = frozenset({"current_step", "total_steps", "currentStep", "totalSteps"})
 
 
 class ExitCode(IntEnum):
@@ -144,6 +149,27 @@ class FailureReport(ContractModel):
     message: Annotated[str, StringConstraints(max_length=1024)]
 
 
+class TimeLeft(ContractModel):
+    """What the trainer of this project knows of its remaining time, and nobody can tell from its steps."""
+
+    after_steps_seconds: Annotated[float, Field(ge=0)] | None = None
+    """What comes after the last step: selection, evaluation, publishing."""
+    budget_seconds: Annotated[float, Field(ge=0)] | None = None
+    """What the budget has left; the run ends with it."""
+
+
+def keep_most_telling(status: object) -> object:
+    """Return a raw trainerStatus with at most as many metrics as the status of a FineTuneJob holds, in their order."""
+    if not isinstance(status, dict):
+        return status
+    metrics = status.get("metrics")
+    if not isinstance(metrics, list) or not MAX_METRICS < len(metrics) <= MAX_REPORTED_METRICS:
+        return status
+    steps = [each for each in metrics if isinstance(each, dict) and each.get("name") in STEP_METRICS][:MAX_METRICS]
+    others = [each for each in metrics if each not in steps]
+    return {**status, "metrics": [*others[: MAX_METRICS - len(steps)], *steps]}
+
+
 class TrainerReport(BaseModel):
     """The state of a trainer: progress while it runs, the result or the failure in its last report.
 
@@ -152,7 +178,8 @@ class TrainerReport(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore")
 
-    trainer_status: TrainerStatus
+    trainer_status: Annotated[TrainerStatus, BeforeValidator(keep_most_telling)]
+    time_left: TimeLeft | None = None
     output: OutputStatus | None = None
     result: Result | None = None
     failure: FailureReport | None = None

@@ -35,6 +35,8 @@ ANNOTATION_ACCELERATORS = f"{GROUP}/accelerators"
 ANNOTATION_ACCELERATOR_KIND = f"{GROUP}/accelerator-kind"
 ANNOTATION_PRICE = f"{GROUP}/price-per-accelerator-hour"
 ANNOTATION_TRAINING_SECONDS = f"{GROUP}/training-seconds"
+# On the Lease: where the leader receives the reports that other replicas hand on.
+ANNOTATION_REPORT_URL = f"{GROUP}/report-url"
 
 FIELD_MANAGER = "finetune-operator"
 STATUS_FIELD_MANAGER = "finetune-operator-status"
@@ -57,6 +59,7 @@ ENV_TRAINER_CONFIG = "FINETUNE_TRAINER_CONFIG"
 ENV_REPORT_URL = "KUBEFLOW_TRAINER_SERVER_URL"
 ENV_REPORT_CA = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 ENV_REPORT_TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  the name of a variable that holds a file's path
+ENV_METRICS_PORT = "FINETUNE_METRICS_PORT"
 
 PORT_REPORTS = 10443
 PORT_HEALTH = 8081

@@ -473,11 +473,11 @@ class TrainerStatus(ApiModel):
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
     """progressPercentage is how much of the training is done, from 0 to 100."""
     estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
-    """estimatedRemainingSeconds is the time that is probably left."""
+    """estimatedRemainingSeconds is the time that is probably left, estimated from the steps of this attempt."""
     metrics: Annotated[tuple[Metric, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})] = ()
     """metrics are the latest values that the trainer reported."""
     last_updated_time: datetime | None = None
-    """lastUpdatedTime is when the trainer made this report."""
+    """lastUpdatedTime is when the report was received."""
 
 
 class OutputStatus(ApiModel):
@@ -580,8 +580,8 @@ class Usage(ApiModel):
 class FineTuneJobStatus(ApiModel):
     """What the operator observed. Written by the operator alone."""
 
-    observed_generation: Annotated[int, Field(ge=0)] | None = None
-    """observedGeneration is the metadata.generation that this status was derived from."""
+    observed_generation: Annotated[int, Field(ge=-1)] | None = None
+    """observedGeneration is the metadata.generation that this status was derived from; -1 before the operator's first look."""
     run: ShortText | None = None
     """run identifies the training: a hash of the fields that shape it. A change of one of them starts a new run."""
     attempt: Annotated[int, Field(ge=0)] = 0
@@ -652,7 +652,8 @@ class FineTuneJob(ApiModel):
 
     spec: FineTuneJobSpec
     """spec is what to train, on what, and how."""
-    status: FineTuneJobStatus | None = None
+    # Without a status, kstatus and the tools that build on it would take a job for ready that no operator has looked at.
+    status: FineTuneJobStatus | None = Field(default=None, json_schema_extra={"default": {"observedGeneration": -1}})
     """status is what the operator observed."""
 
 

@@ -5,12 +5,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localcluster.binaries import CLUSTER, binaries_folder, binary, ensure_binaries
+from localcluster.binaries import CLUSTER, JUDGES, binaries_folder, binary, ensure_binaries
 from localcluster.cluster import all_instances, describe, down, up
 from localcluster.errors import ClusterError
 from localcluster.images import NAMES as IMAGE_NAMES
 from localcluster.images import clean_builds, ensure_images
 from localcluster.paths import instance_named
+from localcluster.prometheus import PROGRAMS as PROMETHEUS
+from localcluster.prometheus import ensure_prometheus
 from localcluster.volumes import ensure_volume
 
 
@@ -48,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
         case "prepare":
             _prepare(arguments.name)
         case "path":
-            print(binary(arguments.program))
+            find = ensure_prometheus if arguments.program in PROMETHEUS else binary
+            print(find(arguments.program))
         case "env":
             _print_environment(arguments.name)
 
@@ -62,7 +65,10 @@ def _down(arguments: argparse.Namespace) -> None:
 def _prepare(name: str) -> None:
     """Compile and build side by side: each waits for the network or a disk while the other computes."""
     with ThreadPoolExecutor() as pool:
-        parts = (pool.submit(ensure_binaries, CLUSTER), pool.submit(ensure_images, instance_named(name), names=IMAGE_NAMES))
+        parts = (
+            pool.submit(ensure_binaries, (*CLUSTER, *JUDGES)),
+            pool.submit(ensure_images, instance_named(name), names=IMAGE_NAMES),
+        )
     for part in parts:
         part.result()
 
@@ -87,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_volume(commands.add_parser("volume", help="make a host directory that pods see through a claim"))
     commands.add_parser("binaries", help="compile the programs that are not in the cache")
     _add_name(commands.add_parser("prepare", help="compile the programs and build the images, side by side"))
-    path_parser = commands.add_parser("path", help="print where a program lies, compiling it if need be")
+    path_parser = commands.add_parser("path", help="print where a program lies, compiling or fetching it if need be")
     path_parser.add_argument("program")
     _add_name(commands.add_parser("env", help="print shell lines that set KUBECONFIG and PATH"))
     return parser

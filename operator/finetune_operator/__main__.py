@@ -16,15 +16,28 @@ from finetune_operator import handlers
 from finetune_operator.audit import Auditor
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.controller import Controller
-from finetune_operator.errors import OperatorError, StartError
+from finetune_operator.errors import DeafWatchError, LeadershipLostError, OperatorError, StartError
+from finetune_operator.forward import Forwarder
 from finetune_operator.health import Health, HealthServer
+from finetune_operator.leadership import Leadership
 from finetune_operator.logs import configure_logging
-from finetune_operator.metrics import QUEUE_WAIT_SECONDS, WATCH_EVENTS, Metrics
+from finetune_operator.metrics import (
+    AUDIT_AGE_SECONDS,
+    AUDIT_INTERVAL_SECONDS,
+    LEADER,
+    LEADER_TRANSITIONS,
+    LOOP_LAG_SECONDS,
+    QUEUE_WAIT_SECONDS,
+    SYNCED,
+    WATCH_EVENTS,
+    Metrics,
+)
 from finetune_operator.queue import WorkQueue
 from finetune_operator.recorder import Recorder
 from finetune_operator.reports import ReportReceiver, ReportServer
 from finetune_operator.settings import Settings, load_settings, load_trainer_settings
 from finetune_operator.store import Store
+from finetune_operator.throttle import Turns
 from finetune_operator.views import Key, Kind, RawObject, is_unanswered
 
 logger = logging.getLogger("finetune_operator")
@@ -35,10 +48,11 @@ _FINISH_SECONDS = 10.0
 class Operator:
     """All parts of one operator process."""
 
-    def __init__(self, settings: Settings, cluster: Cluster, *, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, cluster: Cluster, *, metrics: Metrics, leadership: Leadership) -> None:
         self._settings = settings
         self._cluster = cluster
         self._metrics = metrics
+        self._leadership = leadership
         self._store = Store()
         self._queue: WorkQueue[Key] = WorkQueue(
             clock=time.monotonic, observe_wait=lambda seconds: metrics.observe(QUEUE_WAIT_SECONDS, seconds)
@@ -47,17 +61,36 @@ class Operator:
         self._auditor = Auditor(
             cluster,
             store=self._store,
-            enqueue=self._queue.add,
+            enqueue=self._enqueue,
             namespaces=settings.namespaces,
             interval_seconds=settings.audit_seconds,
+            deaf_seconds=settings.deaf_seconds,
             metrics=metrics,
         )
         self._health = Health(
             watchers=handlers.name_watchers(settings.namespaces),
-            max_audit_age_seconds=3 * settings.audit_seconds + 120,
+            max_audit_age_seconds=3 * settings.audit_seconds + settings.deaf_seconds + 60,
             read_audit_age=lambda: self._auditor.age_seconds,
+            observe_lag=lambda seconds: metrics.observe(LOOP_LAG_SECONDS, seconds),
         )
-        receiver = ReportReceiver(store=self._store, reviewer=cluster, enqueue=self._queue.add, metrics=metrics, clock=_now)
+        metrics.watch(SYNCED, lambda: float(self._health.is_synced))
+        metrics.watch(AUDIT_AGE_SECONDS, lambda: self._auditor.age_seconds)
+        metrics.watch(AUDIT_INTERVAL_SECONDS, lambda: settings.audit_seconds)
+        self._forwarder = Forwarder(
+            find_leader=leadership.find_leader,
+            report_url=settings.report_url,
+            ca_file=settings.report_ca_file,
+            identity=leadership.identity,
+        )
+        receiver = ReportReceiver(
+            store=self._store,
+            reviewer=cluster,
+            enqueue=self._enqueue,
+            metrics=metrics,
+            clock=_now,
+            is_leading=lambda: leadership.is_leading,
+            forwarder=self._forwarder,
+        )
         self._report_server = ReportServer(
             receiver,
             address=settings.bind_address,
@@ -72,10 +105,10 @@ class Operator:
             recorder=self._recorder,
             metrics=metrics,
             settings=load_trainer_settings(settings),
+            progress_turns=Turns(rate=settings.progress_writes_per_second, clock=time.monotonic),
             clock=_now,
         )
         self._stop = asyncio.Event()
-        self._synced = asyncio.Event()
         self._failure: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -83,7 +116,10 @@ class Operator:
         """Run until a signal, or until a part fails; then stop the others and raise its error."""
         # kopf sets its own handlers when it starts; a signal before that must not be lost, as process 1 ignores it by default.
         self._catch_signals()
-        self._metrics.watch_states(self._store.count_states)
+        # Each replica sees all jobs; a sum over the replicas must count each once.
+        self._metrics.watch_states(lambda: self._store.count_states() if self._leadership.is_leading else {})
+        self._metrics.watch(LEADER, lambda: int(self._leadership.is_leading))
+        self._metrics.watch(LEADER_TRANSITIONS, self._leadership.count_transitions)
         self._metrics.watch_queue(self._queue.__len__)
         health_server = HealthServer(self._health, address=self._settings.bind_address, port=self._settings.health_port)
         metrics_server, metrics_thread = start_http_server(
@@ -95,6 +131,7 @@ class Operator:
         self._start(self._health.beat(), name="health beat")
         self._start(self._recorder.run(), name="event recorder")
         self._start(self._audit(), name="auditor")
+        self._start(self._leadership.run(), name="leadership")
         self._start(self._work(), name="workers")
         try:
             await handlers.watch(
@@ -116,18 +153,25 @@ class Operator:
     def _receive(self, kind: Kind, raw: RawObject, is_deleted: bool) -> None:  # noqa: FBT001  the shape that kopf's events have
         self._metrics.count(WATCH_EVENTS, resource=kind.value)
         for key in self._store.observe(kind, raw, is_deleted=is_deleted):
-            self._queue.add(key, is_urgent=kind is Kind.FINETUNEJOB and is_unanswered(raw))
+            self._enqueue(key, is_urgent=kind is Kind.FINETUNEJOB and is_unanswered(raw))
+
+    def _enqueue(self, key: Key, *, is_urgent: bool = False) -> None:
+        """Have a key reconciled; a standby need not remember what it would, as a leader begins with all keys."""
+        if self._leadership.begun.is_set():
+            self._queue.add(key, is_urgent=is_urgent)
 
     async def _audit(self) -> None:
         await self._auditor.wait_until_synced()
         self._health.is_synced = True
-        self._synced.set()
+        self._leadership.let_lead()
         logger.info("synced: %d FineTuneJobs", len(self._store.jobs))
         await self._auditor.run()
 
     async def _work(self) -> None:
-        """Start the workers once all is seen; leader election will have its place here as well."""
-        await self._synced.wait()
+        """Start the workers once this process leads, which it may when it has seen all."""
+        await self._leadership.begun.wait()
+        for key in self._store.list_keys():
+            self._queue.add(key)
         async with asyncio.TaskGroup() as group:
             for number in range(self._settings.workers):
                 group.create_task(self._controller.run_worker(), name=f"worker {number}")
@@ -138,9 +182,8 @@ class Operator:
         self._catch_signals()
         self._stop.set()
         self._queue.close()
-        await self._report_server.stop()
         workers = [task for task in self._tasks if task.get_name() == "workers"]
-        if self._synced.is_set() and workers:
+        if self._leadership.begun.is_set() and workers:
             _, late = await asyncio.wait(workers, timeout=_FINISH_SECONDS)
             for task in late:
                 task.cancel()
@@ -148,6 +191,9 @@ class Operator:
                 await asyncio.wait_for(self._recorder.flush(), timeout=2)
             except TimeoutError:
                 logger.warning("some events could not be recorded")
+        await self._leadership.stop()
+        await self._report_server.stop()
+        await self._forwarder.close()
 
     def _catch_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -168,13 +214,22 @@ class Operator:
 async def run(settings: Settings) -> None:
     """Connect to the API server and run the operator."""
     metrics = Metrics()
+
+    async def connect_election(identity: str) -> Cluster:
+        client = ClientSettings(requests_per_second=20, burst=20, connections=2, identity=identity)
+        return await Cluster.connect(client, metrics=metrics)
+
+    leadership = Leadership(settings, connect=connect_election)
     client = ClientSettings(
-        requests_per_second=settings.api_requests_per_second, burst=settings.api_burst, connections=settings.api_connections
+        requests_per_second=settings.api_requests_per_second,
+        burst=settings.api_burst,
+        connections=settings.api_connections,
+        identity=leadership.identity,
     )
-    cluster = await Cluster.connect(client, metrics=metrics)
+    cluster = await Cluster.connect(client, metrics=metrics, gate=leadership.gate)
     try:
         await check_custom_resources(cluster, namespaces=settings.namespaces)
-        await Operator(settings, cluster, metrics=metrics).run()
+        await Operator(settings, cluster, metrics=metrics, leadership=leadership).run()
     finally:
         await cluster.close()
 
@@ -192,7 +247,8 @@ def main() -> int:
     try:
         asyncio.run(run(settings))
     except (OperatorError, OSError) as error:
-        logger.error("%s", error, exc_info=not isinstance(error, StartError))  # noqa: TRY400
+        is_expected = isinstance(error, StartError | DeafWatchError | LeadershipLostError)
+        logger.error("%s", error, exc_info=not is_expected)  # noqa: TRY400
         return 1
     logger.info("stopped")
     return 0

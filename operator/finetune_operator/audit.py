@@ -1,24 +1,24 @@
 """Compare what was seen with what the API server has, at the start and from time to time.
 
 Watches lose deletions when they have to list anew, and a watch can end without a word. The audit finds both: it purges what is
-gone, and when a change has not arrived for a minute, it ends the process, as a fresh start is the one sure repair.
+gone, and when a change does not arrive for long, it ends the process, as a fresh start is the one sure repair.
 """
 
 import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from finetune_operator.errors import ApiError, DeafWatchError
-from finetune_operator.metrics import AUDIT_PURGES, AUDITS_DONE, Metrics
+from finetune_operator.metrics import AUDIT_LAGGING, AUDIT_PURGES, AUDITS_DONE, Metrics
 from finetune_operator.store import Store
 from finetune_operator.views import Key, Kind, Listing
 
 logger = logging.getLogger(__name__)
 
-_DEAF_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _RELIST_SECONDS = 10.0
 
@@ -44,6 +44,7 @@ class Auditor:
         enqueue: Callable[[Key], None],
         namespaces: tuple[str, ...],
         interval_seconds: float,
+        deaf_seconds: float,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -53,6 +54,7 @@ class Auditor:
         self._enqueue = enqueue
         self._namespaces = namespaces
         self._interval_seconds = interval_seconds
+        self._deaf_seconds = deaf_seconds
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
@@ -96,11 +98,13 @@ class Auditor:
         """Purge what is gone, check that what changed arrives, and have every FineTuneJob reconciled."""
         listings = await self._list()
         num_purged = sum(self._purge(kind, listing_of) for kind, listing_of in listings.items())
-        lagging = await self._wait_for(self._find_lagging(listings), seconds=_DEAF_SECONDS)
+        lagging = await self._wait_for(self._find_lagging(listings), seconds=self._deaf_seconds)
         if lagging:
             self._metrics.count(AUDITS_DONE, result="deaf")
             kinds = ", ".join(sorted({kind.value for kind, _ in lagging}))
-            raise DeafWatchError(f"{len(lagging)} changes of {kinds} did not arrive within {_DEAF_SECONDS:.0f} s; starting anew")
+            raise DeafWatchError(
+                f"{len(lagging)} changes of {kinds} did not arrive within {self._deaf_seconds:.0f} s; starting anew"
+            )
         self._audited_at = self._clock()
         self._metrics.count(AUDITS_DONE, result="repaired" if num_purged else "clean")
         for key in self._store.list_keys():
@@ -139,6 +143,7 @@ class Auditor:
     async def _wait_for(self, lagging: Versions, *, seconds: float) -> Versions:
         """Wait until these versions are seen, and return those that are not after a while."""
         deadline = self._clock() + seconds
+        self._show(lagging)
         while lagging and self._clock() < deadline:
             await self._sleep(_POLL_SECONDS)
             lagging = {
@@ -146,4 +151,11 @@ class Auditor:
                 for (kind, uid), (key, version) in lagging.items()
                 if not self._store.knows(kind, key, uid=uid, version=version)
             }
+            self._show(lagging)
         return lagging
+
+    def _show(self, lagging: Versions) -> None:
+        """Set the metric: a process that is about to end must have said so before."""
+        numbers = Counter(kind for kind, _ in lagging)
+        for kind in Kind:
+            self._metrics.set(AUDIT_LAGGING, numbers[kind], resource=kind.value)

@@ -12,10 +12,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from urllib.parse import urlencode
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.connector import Connection
 from finetune_api import names
 from finetune_api.v1alpha1 import FineTuneJobStatus
 from kubernetes.aio import config as kubernetes_config
@@ -23,7 +25,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import kube_config
 
 from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError, build_api_error
-from finetune_operator.metrics import API_REQUESTS, Metrics, classify_code
+from finetune_operator.metrics import API_REQUEST_SECONDS, API_REQUESTS, Metrics, classify_code
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion
 from finetune_operator.throttle import TokenBucket
@@ -49,24 +51,31 @@ _PREFIXES = {
 }
 _CHILDREN = {"Job": "jobs", "Service": "services", "ResourceClaimTemplate": "resourceclaimtemplates"}
 _EVENTS = "/apis/events.k8s.io/v1"
+_LEASES = "/apis/coordination.k8s.io/v1"
 _TOKEN_REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  a path
 
 
 class Cluster:
     """The API server as the operator uses it."""
 
-    def __init__(self, configuration: Configuration, *, settings: "ClientSettings", metrics: Metrics) -> None:
+    def __init__(
+        self, configuration: Configuration, *, settings: "ClientSettings", metrics: Metrics, gate: "Gate | None" = None
+    ) -> None:
         self._settings = settings
+        self._gate = gate
         self._metrics = metrics
         self._bucket = TokenBucket(rate=settings.requests_per_second, burst=settings.burst, clock=time.monotonic)
         self._configuration = configuration
-        self._api = ApiClient(configuration)
+        self._api = _open_client(configuration, gate)
         self._reloading = asyncio.Lock()
 
     @classmethod
-    async def connect(cls, settings: "ClientSettings", *, metrics: Metrics) -> "Cluster":
-        """Load the credentials of the kubeconfig, if there is one, or of the pod's service account."""
-        return cls(await _load_configuration(settings), settings=settings, metrics=metrics)
+    async def connect(cls, settings: "ClientSettings", *, metrics: Metrics, gate: "Gate | None" = None) -> "Cluster":
+        """Load the credentials of the kubeconfig, if there is one, or of the pod's service account.
+
+        Every write asks the gate first, if there is one, at the last moment before it is sent.
+        """
+        return cls(await _load_configuration(settings), settings=settings, metrics=metrics, gate=gate)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -94,7 +103,7 @@ class Cluster:
             if self._api is not stale:
                 return
             self._configuration = await _load_configuration(self._settings)
-            self._api = ApiClient(self._configuration)
+            self._api = _open_client(self._configuration, self._gate)
             await stale.close()
 
     async def apply_child(self, manifest: RawObject) -> RawObject:
@@ -179,6 +188,20 @@ class Cluster:
         path = f"{_EVENTS}/namespaces/{namespace}/events/{name}"
         await self._request("patch", path, resource="events", body=patch, content_type=_MERGE)
 
+    async def get_lease(self, key: Key) -> RawObject:
+        """Return a Lease."""
+        return await self._request("get", f"{_LEASES}/namespaces/{key[0]}/leases/{key[1]}", resource="leases")
+
+    async def create_lease(self, lease: RawObject) -> RawObject:
+        """Create a Lease, or raise ConflictError if there is one."""
+        path = f"{_LEASES}/namespaces/{lease['metadata']['namespace']}/leases"
+        return await self._request("create", path, resource="leases", body=lease)
+
+    async def replace_lease(self, lease: RawObject) -> RawObject:
+        """Replace a Lease, or raise ConflictError if it is not the one of this resourceVersion."""
+        path = f"{_LEASES}/namespaces/{lease['metadata']['namespace']}/leases/{lease['metadata']['name']}"
+        return await self._request("update", path, resource="leases", body=lease)
+
     async def review_token(self, token: str) -> Reviewed | None:
         """Return whom a token belongs to, or None if it is not valid for our audience."""
         body = {
@@ -229,7 +252,7 @@ class Cluster:
         self, verb: str, url: str, *, resource: str, body: RawObject | None, content_type: str, accept: str
     ) -> "Answer":
         headers = await self._build_headers() | {"Accept": accept, "Content-Type": content_type}
-        status = 0
+        status, started_at = 0, time.monotonic()
         try:
             response = await self._api.call_api(
                 _METHODS[verb],
@@ -245,9 +268,10 @@ class Cluster:
             raise ApiError(f"{verb} {url}: {error!r}", status=0, reason="NoAnswer") from error
         finally:
             self._metrics.count(API_REQUESTS, verb=verb, resource=resource, code=classify_code(status))
+            self._metrics.observe(API_REQUEST_SECONDS, time.monotonic() - started_at, verb=verb)
 
     async def _build_headers(self) -> dict[str, str]:
-        headers = {"User-Agent": _USER_AGENT}
+        headers = {"User-Agent": "/".join(filter(None, (_USER_AGENT, self._settings.identity)))}
         if token := await self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
             headers["Authorization"] = token
         return headers
@@ -260,6 +284,15 @@ class ClientSettings:
     requests_per_second: float
     burst: int
     connections: int
+    identity: str = ""
+    """Name of this process among its replicas, told to the API server, whose audit log has it."""
+
+
+class Gate(Protocol):
+    """Who knows whether this process may write."""
+
+    def check(self) -> None:
+        """Raise NotLeaderError unless a write may be sent at this very time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,8 +332,6 @@ async def check_custom_resources(cluster: Cluster, *, namespaces: tuple[str, ...
 async def _load_configuration(settings: ClientSettings) -> Configuration:
     configuration = Configuration()
     configuration.connection_pool_maxsize = settings.connections
-    # Else aiohttp reads ~/.netrc in a thread, twice for each request.
-    configuration.client_session_kwargs = {"trust_env": False}
     try:
         if _has_kubeconfig():
             await kubernetes_config.load_kube_config(client_configuration=configuration, persist_config=False)
@@ -309,6 +340,43 @@ async def _load_configuration(settings: ClientSettings) -> Configuration:
     except kubernetes_config.ConfigException as error:
         raise StartError(f"no credentials for an API server: {error}; set KUBECONFIG or run in a pod") from error
     return configuration
+
+
+def _open_client(configuration: Configuration, gate: Gate | None) -> ApiClient:
+    # With trust_env aiohttp reads ~/.netrc in a thread, twice for each request.
+    configuration.client_session_kwargs = {"trust_env": False} | ({} if gate is None else {"request_class": _guard(gate)})
+    return ApiClient(configuration)
+
+
+def _guard(gate: Gate) -> type[aiohttp.ClientRequest]:
+    """Return requests that ask the gate when they have a connection and nothing lies between them and the wire.
+
+    Asked any earlier, a write could wait for its turn, or for a connection, until the process no longer leads.
+    """
+
+    class GuardedRequest(aiohttp.ClientRequest):
+        async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+            if self._is_write():
+                gate.check()
+            return await super().send(conn)
+
+        # Up to Python 3.11 this is a task, which begins later than send() ends; head and body leave together in it.
+        async def write_bytes(self, writer: AbstractStreamWriter, conn: Connection, content_length: int | None = None) -> None:
+            try:
+                if self._is_write():
+                    gate.check()
+            except ApiError as error:
+                if conn.protocol is not None:
+                    conn.protocol.set_exception(error)
+                conn.close()
+                return
+            await super().write_bytes(writer, conn, content_length)
+
+        def _is_write(self) -> bool:
+            # To check a token changes nothing, though it is a POST.
+            return self.method != "GET" and not self.url.path.endswith(_TOKEN_REVIEWS)
+
+    return GuardedRequest
 
 
 def _has_kubeconfig() -> bool:
@@ -337,4 +405,4 @@ def _parse_seconds(value: str | None) -> float:
     return float(value) if value and value.isdecimal() else 1.0
 
 
-_METHODS = {"get": "GET", "list": "GET", "create": "POST", "patch": "PATCH", "delete": "DELETE"}
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}

@@ -7,7 +7,7 @@ from finetune_api.v1alpha1 import FineTuneJobStatus
 
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote, EventType, Outcome
-from finetune_operator.policies.progress import compute_progress_delay
+from finetune_operator.policies.progress import compute_progress_delay, is_only_progress
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State, build_conditions
 from finetune_operator.steps import Step
@@ -18,12 +18,15 @@ def conclude(job: JobView, step: Step, *, now: datetime, settings: TrainerSettin
     status = _finish_status(job, step, now=now)
     delay = compute_progress_delay(job.status, status, now=now, interval_seconds=settings.progress_seconds)
     is_changed = status != job.status
+    is_written = is_changed and not delay
+    events = (*step.events, *_note_transition(job.status, step.state))
     return Outcome(
         delete=tuple(Deletion(name=each.name, uid=each.uid, resource_version=each.resource_version) for each in step.delete),
         absent=step.absent,
         apply=step.apply,
-        status=status if is_changed and not delay else None,
-        events=(*step.events, *_note_transition(job.status, step.state)),
+        status=status if is_written else None,
+        is_only_progress=is_written and not events and is_only_progress(job.status, status),
+        events=events,
         inspect=step.inspect,
         requeue_after=step.wake(delay if is_changed and delay else None).requeue_after,
     )

@@ -18,6 +18,7 @@ from finetune_operator.queue import QueueClosedError, WorkQueue
 from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.store import Store
+from finetune_operator.throttle import Turns
 from finetune_operator.views import Key, Kind, RawObject
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Controller:
         recorder: EventRecorder,
         metrics: Metrics,
         settings: TrainerSettings,
+        progress_turns: Turns[Key],
         clock: Callable[[], datetime],
     ) -> None:
         self._store = store
@@ -71,6 +73,7 @@ class Controller:
         self._recorder = recorder
         self._metrics = metrics
         self._settings = settings
+        self._progress_turns = progress_turns
         self._clock = clock
 
     async def run_worker(self) -> None:
@@ -106,6 +109,7 @@ class Controller:
         seen = self._store.read(key)
         if seen is None:
             self._queue.forget(key)
+            self._progress_turns.forget(key)
             return "success"
         job, observed = seen
         outcome = reconcile(job, observed, now=self._clock(), settings=self._settings)
@@ -183,7 +187,10 @@ class Controller:
 
     async def _conclude(self, job: JobView, outcome: Outcome) -> None:
         """Write the status if it changed, then record the events: they tell of what is written."""
-        if outcome.status is not None:
+        if outcome.is_only_progress and (seconds := self._progress_turns.take(job.key)) > 0:
+            # By then there may be a newer report; only that one is written.
+            self._queue.add_after(job.key, seconds)
+        elif outcome.status is not None:
             if not await self._write_status(job, outcome.status):
                 return
             record = self._store.jobs.find(job.key)

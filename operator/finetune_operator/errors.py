@@ -3,11 +3,13 @@
 OperatorError
     StartError          the operator cannot start: the message says what to do
     DeafWatchError      a watch misses changes that the API server has: the process must begin anew
+    LeadershipLostError another process leads, or may soon: this one must begin anew as a standby
     ApiError            the API server answered with an error, or not at all
         NotFoundError       404
         ConflictError       409: the object is not what was seen, or another manager owns a field
         RefusedError        400, 403, 422, a webhook that does not answer: refused again until somebody changes something
         UnauthorizedError   401 after the credentials were loaded again
+        NotLeaderError      a write that was not sent, as this process does not lead
 """
 
 
@@ -21,6 +23,10 @@ class StartError(OperatorError):
 
 class DeafWatchError(OperatorError):
     """A watch does not show what the API server has."""
+
+
+class LeadershipLostError(OperatorError):
+    """Another process leads, or may soon."""
 
 
 class ApiError(OperatorError):
@@ -50,6 +56,10 @@ class RefusedError(ApiError):
 
 class UnauthorizedError(ApiError):
     """The API server does not accept the credentials."""
+
+
+class NotLeaderError(ApiError):
+    """A write was not sent, as this process does not lead."""
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {

@@ -22,6 +22,8 @@ class Health:
     """Names of the tasks that must be alive once the operator is synced."""
     max_audit_age_seconds: float
     read_audit_age: Callable[[], float]
+    observe_lag: Callable[[float], None] = lambda _seconds: None
+    """Is told by how much each beat is late."""
     clock: Callable[[], float] = time.monotonic
     is_synced: bool = False
     beat_at: float = field(init=False)
@@ -36,6 +38,7 @@ class Health:
         while True:
             self.take_pulse(frozenset(task.get_name() for task in asyncio.all_tasks()))
             await asyncio.sleep(_BEAT_SECONDS)
+            self.observe_lag(max(0.0, self.clock() - self.beat_at - _BEAT_SECONDS))
 
     def take_pulse(self, tasks: frozenset[str]) -> None:
         """Note the time and the tasks that are alive at it."""

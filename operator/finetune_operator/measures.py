@@ -8,7 +8,10 @@ from finetune_operator.metrics import (
     ACCELERATOR_SECONDS,
     END_SECONDS,
     ENDS,
+    FAILED_ATTEMPTS,
+    FAILURES,
     LOST_SECONDS,
+    OTHER,
     RETRIES,
     START_SECONDS,
     WASTED_ACCELERATOR_SECONDS,
@@ -22,7 +25,8 @@ def measure(metrics: Metrics, job: JobView, status: FineTuneJobStatus, *, create
     """Add what has changed with a status write."""
     if status.run == job.status.run:
         _measure_restart(metrics, job.status, status)
-        _measure_usage(metrics, job.status, status)
+        _measure_failure(metrics, job.status, status)
+        _measure_usage(metrics, job.status, status, namespace=job.namespace)
     # After a change of the spec, the time since the creation means nothing.
     if created_at is None or job.generation != 1:
         return
@@ -44,16 +48,28 @@ def _measure_restart(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobS
         metrics.count(LOST_SECONDS, lost, cause=cause)
 
 
-def _measure_usage(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
-    """Count what an attempt has used that ended with this write, which may already begin the next one."""
-    before, after = old.usage or Usage(), new.usage or Usage()
+def _measure_failure(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
+    """Count an attempt that failed; what is written about it may be mended later, and is counted once."""
+    failure = new.failure
+    if failure is None or (old.failure and (old.failure.attempt, old.failure.reason) == (failure.attempt, failure.reason)):
+        return
+    metrics.count(FAILED_ATTEMPTS, reason=failure.reason if failure.reason in FAILURES else OTHER)
+
+
+def _measure_usage(metrics: Metrics, old: FineTuneJobStatus, new: FineTuneJobStatus, *, namespace: str) -> None:
+    """Count what an attempt has used that ended with this write, which may already begin the next one.
+
+    Zero is counted as well: a series must be seen before it grows.
+    """
+    if new.usage is None:
+        return
+    before, after = old.usage or Usage(), new.usage
     kind = (before if old.running_since else after).accelerator_kind.value
     for definition, seconds in (
         (ACCELERATOR_SECONDS, after.accelerator_seconds - before.accelerator_seconds),
         (WASTED_ACCELERATOR_SECONDS, after.wasted_accelerator_seconds - before.wasted_accelerator_seconds),
     ):
-        if seconds > 0:
-            metrics.count(definition, seconds, kind=kind)
+        metrics.count(definition, max(0, seconds), kind=kind, job_namespace=namespace)
 
 
 def _find_cause(reason: str) -> str:

@@ -10,6 +10,7 @@ from finetune_api.contract import TrainerReport
 from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 
+from finetune_operator.policies.pace import Pace
 from finetune_operator.snapshot import Snapshot
 
 
@@ -163,6 +164,10 @@ class ReceivedReport:
     attempt: int
     received_at: datetime
     report: TrainerReport
+    pace: Pace | None = None
+    """How fast this attempt was seen to be."""
+    seconds_left: float | None = None
+    """How long the rest probably took at the time of the receipt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,8 @@ class Outcome:
     apply: tuple[dict[str, Any], ...] = ()
     status: FineTuneJobStatus | None = None
     """The whole new status, or None when it is unchanged."""
+    is_only_progress: bool = False
+    """Whether the new status carries nothing but progress, and can wait while many others are written."""
     events: tuple[EventNote, ...] = ()
     inspect: ChildView | None = None
     """A child Job that has no pod, whose events may tell why."""

@@ -3,6 +3,7 @@
 A report counts only when its token was made for this receiver and belongs to a pod of the very FineTuneJob that it is about.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -21,8 +22,10 @@ from finetune_api.contract import TrainerReport
 from pydantic import ValidationError
 
 from finetune_operator.errors import ApiError
+from finetune_operator.forward import HEADER, ForwardError
 from finetune_operator.metrics import REPORTS_RECEIVED, Metrics
-from finetune_operator.observed import PodView, ReceivedReport
+from finetune_operator.observed import PodView
+from finetune_operator.policies.progress import receive
 from finetune_operator.store import Store
 from finetune_operator.views import Key, RawObject, Record, Reviewed
 
@@ -34,6 +37,7 @@ _CACHE_SECONDS = 60.0
 _MAX_CACHED = 16_384
 # Each unknown token costs a request to the API server; a flood of them must not take its place from the reconciles.
 _MAX_REVIEWS = 32
+_RETRY_AFTER_SECONDS = "5"
 
 
 class TokenReviewer(Protocol):
@@ -41,6 +45,13 @@ class TokenReviewer(Protocol):
 
     async def review_token(self, token: str) -> Reviewed | None:
         """Return the owner of a valid token, or None."""
+
+
+class ReportForwarder(Protocol):
+    """Who hands reports on to the process that leads."""
+
+    async def forward(self, path: str, *, authorization: str, body: bytes) -> tuple[int, bytes]:
+        """Return the leader's status and answer. Raises ForwardError when there is none."""
 
 
 class ReportError(Exception):
@@ -65,14 +76,20 @@ class ReportReceiver:
         enqueue: Callable[[Key], None],
         metrics: Metrics,
         clock: Callable[[], datetime],
+        is_leading: Callable[[], bool] = lambda: True,
+        forwarder: ReportForwarder | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        body_seconds: float = 10.0,
     ) -> None:
         self._store = store
         self._reviewer = reviewer
         self._enqueue = enqueue
         self._metrics = metrics
         self._clock = clock
+        self._is_leading = is_leading
+        self._forwarder = forwarder
         self._monotonic = monotonic
+        self._body_seconds = body_seconds
         self._cache: OrderedDict[bytes, tuple[float, Reviewed | None]] = OrderedDict()
         self._num_reviews = 0
 
@@ -83,19 +100,49 @@ class ReportReceiver:
         return app
 
     async def _receive(self, request: web.Request) -> web.Response:
+        if not self._is_leading():
+            return await self._hand_on(request)
         key = request.match_info["namespace"], request.match_info["name"]
         pod = self._find_pod(key, await self._review(_read_token(request)))
-        content, report = _parse(await request.read())
+        content, report = _parse(await self._read_body(request))
         attempt = self._store.children.find((key[0], pod.content.child))
         if attempt is None:
             raise _forbidden("the Job of the token's pod is not known")
-        received = ReceivedReport(
-            run=attempt.content.run, attempt=attempt.content.attempt, received_at=self._clock(), report=report
+        received = receive(
+            self._store.find_report(key),
+            report,
+            child=attempt.content,
+            received_at=self._clock(),
+            monotonic=self._monotonic(),
         )
         self._store.put_report(key, received)
         self._enqueue(key)
         self._metrics.count(REPORTS_RECEIVED, result="accepted")
         return web.json_response(content)
+
+    async def _read_body(self, request: web.Request) -> bytes:
+        """Return the body, or give up on a sender that lets us wait."""
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return await request.read()
+        except TimeoutError as error:
+            message = f"the body did not arrive within {self._body_seconds:g} s"
+            raise ReportError(HTTPStatus.REQUEST_TIMEOUT, message, result="malformed", reason="Timeout") from error
+
+    async def _hand_on(self, request: web.Request) -> web.Response:
+        """Answer what the leader answers; it checks the token."""
+        if self._forwarder is None or HEADER in request.headers:
+            raise _no_leader("this replica does not lead")
+        authorization = request.headers.get("Authorization", "")[: _MAX_TOKEN_BYTES + len("Bearer ")]
+        try:
+            status, body = await self._forwarder.forward(
+                request.rel_url.raw_path, authorization=authorization, body=await self._read_body(request)
+            )
+        except ForwardError as error:
+            raise _no_leader(str(error)) from error
+        self._metrics.count(REPORTS_RECEIVED, result="forwarded")
+        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+        return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
     def _find_pod(self, key: Key, reviewed: Reviewed) -> Record[PodView]:
         """Return the pod that the token was made for, if it works for the FineTuneJob of this key."""
@@ -172,7 +219,9 @@ class ReportReceiver:
             "reason": error.reason,
             "code": error.status.value,
         }
-        return web.json_response(status, status=error.status.value)
+        is_temporary = error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
+        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if is_temporary else {}
+        return web.json_response(status, status=error.status.value, headers=headers)
 
 
 class ReportServer:
@@ -263,3 +312,7 @@ def _unauthorized(message: str) -> ReportError:
 
 def _forbidden(message: str) -> ReportError:
     return ReportError(HTTPStatus.FORBIDDEN, message, result="forbidden", reason="Forbidden")
+
+
+def _no_leader(message: str) -> ReportError:
+    return ReportError(HTTPStatus.SERVICE_UNAVAILABLE, message, result="no_leader", reason="ServiceUnavailable")

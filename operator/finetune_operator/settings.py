@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from finetune_api import names
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from finetune_operator.accelerator_classes import AcceleratorClasses
+from finetune_operator.lease import MAX_LEASE_SECONDS
 
 _PREFIX = "FINETUNE_"
 
@@ -49,6 +50,21 @@ class Settings(BaseModel):
     health_port: int = names.PORT_HEALTH
     """Port of /healthz and /readyz (HTTP)."""
 
+    leader_election: bool = True
+    """Whether replicas elect the one that writes, by a Lease. Without it there must never be two operators."""
+    lease_namespace: str = ""
+    """Namespace of the Lease: the operator's own."""
+    lease_name: str = "finetune-operator"
+    """Name of the Lease."""
+    lease_seconds: Annotated[int, Field(ge=2, le=MAX_LEASE_SECONDS)] = 15
+    """How long a Lease must stay unchanged until another replica takes it over."""
+    renew_seconds: Annotated[float, Field(gt=0)] = 10
+    """How long after its last renewal of the Lease the leader still writes; then it ends and begins anew."""
+    lease_retry_seconds: Annotated[float, Field(gt=0)] = 2
+    """Time between two renewals of the Lease, and between two looks at it."""
+    pod_ip: str = ""
+    """Address at which other replicas reach this one, to hand on reports. Empty means bind_address."""
+
     workers: Annotated[int, Field(ge=1, le=256)] = 16
     """Reconciles in flight."""
     api_requests_per_second: Annotated[float, Field(gt=0)] = 500
@@ -59,6 +75,8 @@ class Settings(BaseModel):
     """Requests to the API server in flight."""
     audit_seconds: Annotated[float, Field(gt=0)] = 300
     """Time between two comparisons of what was seen with what the API server has."""
+    deaf_seconds: Annotated[float, Field(gt=0)] = 60
+    """How long a change that such a comparison knows of may take to arrive by a watch, before the process ends to start anew."""
 
     retry_base_seconds: Annotated[float, Field(gt=0)] = 10
     """Delay before the first retry of a failed attempt. Each further retry waits twice as long."""
@@ -66,6 +84,8 @@ class Settings(BaseModel):
     """Longest delay before a retry."""
     progress_seconds: Annotated[float, Field(gt=0)] = 10
     """Shortest time between two status writes of one FineTuneJob that only carry progress."""
+    progress_writes_per_second: Annotated[float, Field(gt=0)] = 100
+    """Rate of status writes that only carry progress, over all FineTuneJobs. Beyond it they wait their turn."""
     evidence_seconds: Annotated[float, Field(gt=0)] = 10
     """How long to wait for the pod of a finished Job to show how it ended."""
 
@@ -83,6 +103,14 @@ class Settings(BaseModel):
             return json.loads(value)
         except ValueError as error:
             raise ValueError(f"this is no JSON: {error}") from error
+
+    @model_validator(mode="after")
+    def _check_lease(self) -> Self:
+        if self.leader_election and not self.lease_namespace:
+            raise ValueError("leader election needs FINETUNE_LEASE_NAMESPACE; or set FINETUNE_LEADER_ELECTION to false")
+        if not self.lease_seconds > self.renew_seconds > self.lease_retry_seconds:
+            raise ValueError("lease_seconds must be more than renew_seconds, and that more than lease_retry_seconds")
+        return self
 
     @field_validator("namespaces", mode="before")
     @classmethod

@@ -143,6 +143,10 @@ class Store:
         )
         return build_job_view(record), observed
 
+    def find_report(self, key: Key) -> ReceivedReport | None:
+        """Return the latest report for a FineTuneJob, or None."""
+        return self._reports.get(key)
+
     def put_report(self, key: Key, report: ReceivedReport) -> None:
         """Keep the latest report for a FineTuneJob."""
         if self.jobs.find(key) is not None:

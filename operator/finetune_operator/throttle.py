@@ -1,7 +1,10 @@
-"""A token bucket that keeps the rate of requests below a limit."""
+"""A token bucket that keeps the rate of requests below a limit, and turns for keys that share one."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 
 class TokenBucket:
@@ -17,11 +20,17 @@ class TokenBucket:
 
     def reserve(self) -> float:
         """Take one token and return the seconds after which it may be used."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
+        now = self._fill()
         self._tokens -= 1
         return max(0.0, -self._tokens / self._rate, self._blocked_until - now)
+
+    def take(self) -> bool:
+        """Take one token if there is one, and return whether there was."""
+        self._fill()
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
     def block(self, seconds: float) -> None:
         """Let nothing pass for a while, because the server asked for that."""
@@ -32,3 +41,33 @@ class TokenBucket:
         seconds = self.reserve()
         if seconds > 0:
             await asyncio.sleep(seconds)
+
+    def _fill(self) -> float:
+        """Put in what has come since the last time, and return the time."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        return now
+
+
+class Turns(Generic[K]):
+    """Turns of keys at a token bucket: a key has at most one, and whatever comes up until then shares it."""
+
+    def __init__(self, *, rate: float, clock: Callable[[], float]) -> None:
+        self._bucket = TokenBucket(rate=rate, burst=max(1, round(rate / 10)), clock=clock)
+        self._clock = clock
+        self._due: dict[K, float] = {}
+
+    def take(self, key: K) -> float:
+        """Take the turn of a key and return 0 if it has come, else return the seconds until then."""
+        if key not in self._due:
+            self._due[key] = self._clock() + self._bucket.reserve()
+        seconds = self._due[key] - self._clock()
+        if seconds > 0:
+            return seconds
+        del self._due[key]
+        return 0.0
+
+    def forget(self, key: K) -> None:
+        """Give up the turn of a key that is gone."""
+        self._due.pop(key, None)

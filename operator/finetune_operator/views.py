@@ -101,18 +101,18 @@ class Reviewed:
 
 
 def project_job(raw: RawObject) -> Record[JobContent]:
-    """Return the record of a FineTuneJob."""
-    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    """Return the record of a FineTuneJob, one that another version of the schema let in and nobody can read included."""
+    metadata, spec, status = raw["metadata"], _read_object(raw, "spec"), _read_object(raw, "status")
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     ready = _find_condition(status, "Ready")
     content = JobContent(
         generation=metadata.get("generation", 0),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         deleting="deletionTimestamp" in metadata,
-        state=ready.get("reason", ""),
-        spec=_dump(spec),
+        state=_read_text(ready, "reason") or "",
+        spec=_dump(raw.get("spec") or {}),
         status=_dump(status),
-        profile=(spec.get("profileRef") or {}).get("name"),
+        profile=_read_text(_read_object(spec, "profileRef"), "name"),
         queue_labels={label: labels[label] for label in (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY) if labels.get(label)},
         topology={name: value for name, value in annotations.items() if name.startswith(names.ANNOTATION_PREFIX_TOPOLOGY)},
         is_ours=spec.get("managedBy", ManagedBy.OPERATOR) == ManagedBy.OPERATOR,
@@ -122,8 +122,8 @@ def project_job(raw: RawObject) -> Record[JobContent]:
 
 def project_profile(raw: RawObject) -> Record[ProfileView]:
     """Return the record of a FineTuneProfile; one that cannot be parsed is still the default if it says so."""
-    metadata, fields = raw["metadata"], raw.get("spec") or {}
-    spec, error = _parse_spec(FineTuneProfileSpec, _dump(fields))
+    metadata, fields = raw["metadata"], _read_object(raw, "spec")
+    spec, error = _parse_spec(FineTuneProfileSpec, _dump(raw.get("spec") or {}))
     content = ProfileView(
         name=metadata["name"],
         generation=metadata.get("generation", 0),
@@ -136,7 +136,7 @@ def project_profile(raw: RawObject) -> Record[ProfileView]:
 
 def is_unanswered(raw: RawObject) -> bool:
     """Return whether a FineTuneJob was changed by its user since its status was written."""
-    return bool(raw["metadata"].get("generation") != (raw.get("status") or {}).get("observedGeneration"))
+    return bool(raw["metadata"].get("generation") != _read_object(raw, "status").get("observedGeneration"))
 
 
 def project_child(raw: RawObject) -> Record[ChildView] | None:
@@ -269,6 +269,16 @@ def _build_record(metadata: RawObject, *, owner: str, owner_uid: str, content: C
     )
 
 
+def _read_object(raw: RawObject, field: str) -> RawObject:
+    value = raw.get(field)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _read_text(raw: RawObject, field: str) -> str | None:
+    value = raw.get(field)
+    return value if isinstance(value, str) else None
+
+
 def _find_end(status: RawObject) -> tuple[ChildState, RawObject]:
     for state in (ChildState.COMPLETE, ChildState.FAILED):
         condition = _find_condition(status, state.value)
@@ -278,7 +288,9 @@ def _find_end(status: RawObject) -> tuple[ChildState, RawObject]:
 
 
 def _find_condition(status: RawObject, type: str) -> RawObject:
-    return next((each for each in status.get("conditions") or () if each.get("type") == type), {})
+    conditions = status.get("conditions")
+    listed = conditions if isinstance(conditions, list) else ()
+    return next((each for each in listed if isinstance(each, Mapping) and each.get("type") == type), {})
 
 
 def _find_container(containers: list[RawObject] | None) -> RawObject:

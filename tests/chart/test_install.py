@@ -126,6 +126,13 @@ def test_in_namespaced_mode_the_operator_may_do_nothing_elsewhere(release: Relea
     assert not release.may(user, "patch", "finetuneprofiles", group="finetune.dev")
 
 
+def test_network_policies_are_accepted(release: Release) -> None:
+    release.upgrade(namespaces=[release.namespace], networkPolicy={"enabled": True})
+    path = f"/apis/networking.k8s.io/v1/namespaces/{release.namespace}/networkpolicies"
+
+    assert [_RELEASE, f"{_RELEASE}-trainers"] == sorted(each["metadata"]["name"] for each in release.api.get(path)["items"])
+
+
 def test_users_who_may_edit_may_edit_finetunejobs(release: Release) -> None:
     release.upgrade()
     prefix = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{release.namespace}/rolebindings"

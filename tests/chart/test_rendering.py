@@ -23,6 +23,7 @@ _MODES: dict[str, dict[str, Any]] = {
     "cert-manager": {"tls": {"certManager": {"enabled": True}}},
     "own-issuer": {"tls": {"certManager": {"enabled": True, "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}}},
     "existing-secret": {"tls": {"existingSecret": "reports-tls"}},
+    "network-policies": {"networkPolicy": {"enabled": True}, "namespaces": ["team-a"]},
     "service-monitor": {"metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}},
 }
 
@@ -57,6 +58,25 @@ def test_rendering_is_the_golden_one(template: Any, golden: Any, mode: str) -> N
     golden(f"{mode}.yaml", _mask(text))
 
 
+def test_network_policies_are_the_golden_ones(template: Any, golden: Any) -> None:
+    documents = template(_MODES["network-policies"]).split("---\n")
+
+    golden("network-policies.yaml", "---\n".join(each for each in documents if "kind: NetworkPolicy\n" in each))
+
+
+def test_network_policies_name_the_ports_and_pods_that_there_are(render: Render) -> None:
+    documents = render(_MODES["network-policies"])
+    operator, trainers = (each["spec"] for each in documents if each["kind"] == "NetworkPolicy")
+    (container,) = _pod(documents)["containers"]
+    (deployment,) = (each for each in documents if each["kind"] == "Deployment")
+    named = {port["port"] for rule in operator["ingress"] for port in rule["ports"]}
+
+    assert {port["name"] for port in container["ports"]} == named
+    assert operator["podSelector"]["matchLabels"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert {names.LABEL_MANAGED_BY: names.MANAGED_BY} == trainers["podSelector"]["matchLabels"]
+    assert [{"key": names.LABEL_JOB, "operator": "Exists"}] == trainers["podSelector"]["matchExpressions"]
+
+
 def _mask(text: str) -> str:
     """Replace what is random: the key, the certificates, and the checksum of one."""
     return re.sub(r"(ca\.crt|tls\.crt|tls\.key|checksum/ca): [A-Za-z0-9+/=]{20,}", r"\1: MASKED", text)
@@ -83,14 +103,13 @@ def test_rights_for_the_whole_cluster_are_exactly_those_used(render: Render) -> 
     (role,) = _operator_roles(render({}, kind="ClusterRole"))
 
     assert _NAMESPACED_RULES | _CLUSTER_RULES == _read_rules(role)
-    assert [] == render({}, kind="Role")
+    assert ["finetune-operator-lease"] == [role["metadata"]["name"] for role in render({}, kind="Role")]
 
 
 def test_rights_for_namespaces_are_roles_and_token_reviews(render: Render) -> None:
     values = _MODES["namespaced"]
     (cluster_role,) = _operator_roles(render(values, kind="ClusterRole"))
-    roles = render(values, kind="Role")
-    bindings = render(values, kind="RoleBinding")
+    roles, bindings = (_without_lease(render(values, kind=kind)) for kind in ("Role", "RoleBinding"))
 
     assert _CLUSTER_RULES == _read_rules(cluster_role)
     assert ["team-a", "team-b"] == [role["metadata"]["namespace"] for role in roles]
@@ -137,10 +156,31 @@ def test_the_pod_is_restricted(render: Render) -> None:
     assert {"requests", "limits"} == set(container["resources"])
 
 
-def test_one_operator_runs_at_a_time(render: Render) -> None:
-    (deployment,) = render(kind="Deployment")
+@pytest.mark.parametrize("mode", _MODES)
+def test_right_to_the_lease_is_to_the_one_in_the_own_namespace(render: Render, mode: str) -> None:
+    (role,) = (each for each in render(_MODES[mode], kind="Role") if each["metadata"]["name"] == "finetune-operator-lease")
+    rules = [(rule["resources"], rule.get("resourceNames"), rule["verbs"]) for rule in role["rules"]]
 
-    assert (1, {"type": "Recreate"}) == (deployment["spec"]["replicas"], deployment["spec"]["strategy"])
+    assert "finetune" == role["metadata"]["namespace"]
+    assert [(["leases"], None, ["create"]), (["leases"], ["finetune-operator"], ["get", "update"])] == rules
+    assert "finetune-operator" == load_settings(_environment(render(_MODES[mode]))).lease_name
+
+
+def test_a_standby_is_there_through_upgrades_and_drains(render: Render) -> None:
+    (deployment,) = render(kind="Deployment")
+    (budget,) = render(kind="PodDisruptionBudget")
+    spread = _pod(render({}))["topologySpreadConstraints"]
+
+    assert 2 == deployment["spec"]["replicas"]
+    assert {"maxSurge": 1, "maxUnavailable": 0} == deployment["spec"]["strategy"]["rollingUpdate"]
+    assert (1, deployment["spec"]["selector"]) == (budget["spec"]["maxUnavailable"], budget["spec"]["selector"])
+    assert ["kubernetes.io/hostname", "topology.kubernetes.io/zone"] == [each["topologyKey"] for each in spread]
+    assert {"ScheduleAnyway"} == {each["whenUnsatisfiable"] for each in spread}
+
+
+def test_one_replica_can_be_drained(render: Render) -> None:
+    assert [] == render({"replicas": 1}, kind="PodDisruptionBudget")
+    assert "topologySpreadConstraints" not in _pod(render({"replicas": 1}))
 
 
 def test_ports_and_probes_are_those_of_the_operator(render: Render) -> None:
@@ -165,7 +205,8 @@ def test_the_environment_is_valid_settings(render: Render, mode: str) -> None:
 
 def test_the_defaults_are_those_of_the_settings(render: Render) -> None:
     settings = load_settings(_environment(render({})))
-    fields = {name: field for name, field in Settings.model_fields.items() if name != "accelerators"}
+    of_the_release = {"accelerators", "lease_namespace"}
+    fields = {name: field for name, field in Settings.model_fields.items() if name not in of_the_release}
     defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
 
     assert defaults == settings.model_dump(include=set(defaults))
@@ -182,7 +223,7 @@ def test_accelerator_classes_of_the_values_reach_the_operator(render: Render) ->
 
 
 def test_every_setting_but_addresses_is_set_by_the_chart(render: Render) -> None:
-    environment = _environment(render({}))
+    environment = {each["name"] for each in _pod(render({}))["containers"][0]["env"]}
     unset = {name for name in Settings.model_fields if f"FINETUNE_{name.upper()}" not in environment}
 
     assert {"bind_address", "report_port", "metrics_port", "health_port"} == unset
@@ -222,6 +263,7 @@ def test_the_pod_mounts_the_secret_of_each_mode(render: Render) -> None:
         "cert-manager": "finetune-operator-certificate",
         "own-issuer": "finetune-operator-certificate",
         "existing-secret": "reports-tls",
+        "network-policies": "finetune-operator-tls",
         "service-monitor": "finetune-operator-tls",
     } == mounted
     assert [] == render(_MODES["existing-secret"], kind="Secret")
@@ -255,11 +297,15 @@ def _pod(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _environment(documents: list[dict[str, Any]]) -> dict[str, str]:
-    return {each["name"]: each["value"] for each in _pod(documents)["containers"][0]["env"]}
+    return {each["name"]: each["value"] for each in _pod(documents)["containers"][0]["env"] if "value" in each}
 
 
 def _operator_roles(roles: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [role for role in roles if not role["metadata"]["name"].endswith(("-view", "-edit"))]
+
+
+def _without_lease(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each for each in objects if not each["metadata"]["name"].endswith("-lease")]
 
 
 def _read_rules(role: dict[str, Any]) -> dict[tuple[str, str], list[str]]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from harness import (
-    CLUSTER_RULES,
-    RULES,
     SPEC,
     Operator,
     Team,
@@ -151,11 +150,17 @@ def team(api: Any) -> Iterator[Team]:
 
 
 @pytest.fixture
-def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path) -> Iterator[Operator]:
+def operator_settings() -> dict[str, str]:
+    """Settings of a module's own."""
+    return {}
+
+
+@pytest.fixture
+def operator(team: Team, tls: tuple[Path, Path], tmp_path: Path, operator_settings: dict[str, str]) -> Iterator[Operator]:
     """An operator for the team's namespace, not started yet."""
     grant_rights(team)
     write_kubeconfig(team, tmp_path / "kubeconfig")
-    operator = build_operator(team, tls=tls, folder=tmp_path)
+    operator = build_operator(team, tls=tls, folder=tmp_path, **operator_settings)
     yield operator
     operator.stop()
     assert "Traceback" not in operator.log, operator.log
@@ -170,11 +175,6 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
-
-
-@pytest.fixture
-def rules() -> list[dict[str, list[str]]]:
-    return [*RULES, *CLUSTER_RULES]
 
 
 @pytest.fixture
@@ -216,3 +216,13 @@ def created(requests: Callable[[], list[dict[str, Any]]]) -> Callable[[Team], li
 @pytest.fixture
 def certify() -> Callable[..., tuple[Path, Path]]:
     return write_certificate
+
+
+@pytest.fixture
+def proxy(api: Any, operator: Operator, tmp_path: Path) -> Iterator[FaultProxy]:
+    """A proxy that the team's operator goes through."""
+    with FaultProxy(api, folder=tmp_path) as proxy:
+        proxy.route(tmp_path / "kubeconfig")
+        yield proxy
+        # It ends before the proxy does, or its log would tell of an API server that is gone.
+        operator.stop()

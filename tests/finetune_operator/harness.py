@@ -5,9 +5,11 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -34,11 +36,13 @@ def _read_rules(name: str) -> list[dict[str, list[str]]]:
     """Return rules as the chart has them: its definitions are plain YAML."""
     text = _CHART_ROLE.read_text(encoding="utf-8")
     block = text.split(f'{{{{- define "finetune-operator.{name}" -}}}}', 1)[1].split("{{- end -}}", 1)[0]
+    block = block.replace('{{ include "finetune-operator.fullname" . }}', "finetune-operator")
     return list(yaml.safe_load(block))
 
 
 RULES = _read_rules("rules")
 CLUSTER_RULES = _read_rules("clusterRules")
+LEASE_RULES = _read_rules("leaseRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
@@ -64,13 +68,22 @@ class Operator:
         self._environment = environment
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self.report_port = environment["FINETUNE_REPORT_PORT"]
         self.report_url = environment["FINETUNE_REPORT_URL"]
 
     def start(self) -> "Operator":
+        self.launch()
+        return self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the process and do not wait."""
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "finetune_operator"]
             self._process = subprocess.Popen(command, env=os.environ | self._environment, stderr=log)  # noqa: TID251
-        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}")
+
+    def wait_until_ready(self) -> "Operator":
+        # On a machine that is very busy a process takes minutes to begin.
+        wait_until(self._is_ready, what=f"the operator is ready, see {self._log}", seconds=240)
         return self
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -79,6 +92,26 @@ class Operator:
         if self._process.poll() is None:
             self._process.send_signal(number)
         return self._process.wait(timeout=30)
+
+    def send(self, number: int) -> None:
+        """Send a signal and do not wait."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_status(self) -> int | None:
+        """The exit status of a process that has ended."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def wait(self, *, seconds: float = 60) -> int:
+        """Wait until the process ends by itself, and return its exit status."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
 
     def replace_token(self, team: "Team") -> None:
         """Make the service account's token void, and put a new one into the kubeconfig."""
@@ -89,9 +122,19 @@ class Operator:
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8")
 
+    @property
+    def metrics_address(self) -> str:
+        """Return where the metrics are served."""
+        return f"127.0.0.1:{self._environment['FINETUNE_METRICS_PORT']}"
+
     def scrape(self) -> str:
         """Return the metrics page."""
         return self._fetch("METRICS", "/metrics")
+
+    def is_healthy(self) -> bool:
+        """Return whether the process runs and its liveness probe is content."""
+        assert self._process is not None
+        return self._process.poll() is None and self._fetch("HEALTH", "/healthz") == "ok\n"
 
     def _is_ready(self) -> bool:
         assert self._process is not None
@@ -114,7 +157,7 @@ class Team:
 
     def path(self, plural: str, name: str = "") -> str:
         prefix = {"finetunejobs": "/apis/finetune.dev/v1alpha1", "jobs": "/apis/batch/v1"}.get(plural, "/api/v1")
-        prefix = "/apis/events.k8s.io/v1" if plural == "events" else prefix
+        prefix = {"events": "/apis/events.k8s.io/v1", "leases": "/apis/coordination.k8s.io/v1"}.get(plural, prefix)
         return f"{prefix}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
 
     def apply(
@@ -246,18 +289,20 @@ def build_operator(team: Team, *, tls: tuple[Path, Path], folder: Path, name: st
         "FINETUNE_RETRY_BASE_SECONDS": "0.2",
         "FINETUNE_PROGRESS_SECONDS": "0.2",
         "FINETUNE_EVIDENCE_SECONDS": "2",
+        "FINETUNE_LEADER_ELECTION": "false",
+        "FINETUNE_LEASE_NAMESPACE": team.namespace,
     }
     settings = {f"FINETUNE_{each.upper()}": value for each, value in settings.items()}
     return Operator(environment=environment | settings, log=folder / f"{name}.log")
 
 
-def grant_rights(team: Team) -> None:
-    """Bind the operator's rights in the team's namespace to a service account."""
+def grant_rights(team: Team, *, clusterwide: bool = False) -> None:
+    """Bind the operator's rights in the team's namespace, or in all, to a service account."""
     subject = {"kind": "ServiceAccount", "name": "operator", "namespace": team.namespace}
     name = f"operator-{team.namespace}"
     for kind, rules, prefix in (
-        ("Role", RULES, f"{_RBAC}/namespaces/{team.namespace}"),
-        ("ClusterRole", CLUSTER_RULES, _RBAC),
+        ("Role", LEASE_RULES if clusterwide else [*RULES, *LEASE_RULES], f"{_RBAC}/namespaces/{team.namespace}"),
+        ("ClusterRole", [*RULES, *CLUSTER_RULES] if clusterwide else CLUSTER_RULES, _RBAC),
     ):
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
         binding = {"metadata": {"name": name}, "roleRef": reference, "subjects": [subject]}
@@ -265,11 +310,11 @@ def grant_rights(team: Team) -> None:
         team.api.create(f"{prefix}/{kind.lower()}bindings", binding)
 
 
-def write_kubeconfig(team: Team, path: Path, *, server: str | None = None) -> None:
-    """Make the operator's service account and write a kubeconfig with a token of it, for the API server or one before it."""
-    team.api.create(team.path("serviceaccounts"), {"metadata": {"name": "operator"}})
+def write_kubeconfig(team: Team, path: Path, *, server: str | None = None, account: str = "operator") -> None:
+    """Make a service account and write a kubeconfig with a token of it, for the API server or one before it."""
+    team.api.create(team.path("serviceaccounts"), {"metadata": {"name": account}})
     request = {"spec": {"expirationSeconds": 3600}}
-    token = team.api.create(team.path("serviceaccounts", "operator") + "/token", request)["status"]["token"]
+    token = team.api.create(team.path("serviceaccounts", account) + "/token", request)["status"]["token"]
     authority = base64.b64encode(team.api.ca.encode()).decode()
     config = {
         "apiVersion": "v1",
@@ -305,6 +350,17 @@ def write_certificate(folder: Path, *, name: str) -> tuple[Path, Path]:
     certificate_file.write_bytes(certificate.public_bytes(encoding))
     key_file.write_bytes(key_bytes)
     return certificate_file, key_file
+
+
+def post_progress(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
+    """Report progress as a trainer does, and return status and body of the answer."""
+    body = json.dumps({"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}}).encode()
+    request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def find_port() -> int:

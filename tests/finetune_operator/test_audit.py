@@ -35,6 +35,7 @@ class Bench:
             enqueue=self.enqueued.append,
             namespaces=self.namespaces,
             interval_seconds=300,
+            deaf_seconds=60,
             metrics=self.metrics,
             clock=lambda: self.now,
             sleep=self.sleep,
@@ -60,9 +61,13 @@ class Bench:
             self.store.observe(kind, raw)
         return raw
 
+    def lagging(self, resource: str) -> float | None:
+        return self.metrics.registry.get_sample_value("finetune_audit_lagging_objects", {"resource": resource})
+
     def audits(self) -> list[str]:
         lines = generate_latest(self.metrics.registry).decode().splitlines()
-        return [line.split('"')[1] for line in lines if line.startswith("finetune_audits_total{")]
+        counted = (line for line in lines if line.startswith("finetune_audits_total{") and not line.endswith(" 0.0"))
+        return [line.split('"')[1] for line in counted]
 
 
 @pytest.fixture
@@ -105,6 +110,16 @@ async def test_change_that_does_not_arrive_ends_the_process(bench: Bench, object
         await bench.auditor.audit()
     assert bench.audits() == ["deaf"]
     assert 60 <= bench.now < 61
+
+
+async def test_change_that_is_waited_for_is_shown(bench: Bench, objects: Any) -> None:
+    raw = bench.has(objects.pod(version=5), kind=Kind.POD, is_seen=False)
+    shown: list[float | None] = []
+    bench.later.append((20, lambda: shown.append(bench.lagging("pods"))))
+    bench.later.append((30, lambda: bench.store.observe(Kind.POD, raw)))
+    await bench.auditor.audit()
+
+    assert [*shown, bench.lagging("pods")] == [1, 0]
 
 
 async def test_change_that_arrives_late_is_no_alarm(bench: Bench, objects: Any) -> None:

@@ -15,6 +15,7 @@ from finetune_operator.outcome import Deletion, EventNote
 from finetune_operator.queue import WorkQueue
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.store import Store
+from finetune_operator.throttle import Turns
 from finetune_operator.views import Key, Kind, RawObject
 from prometheus_client import generate_latest
 
@@ -97,6 +98,7 @@ class Bench:
             recorder=self,
             metrics=self.metrics,
             settings=_SETTINGS,
+            progress_turns=Turns(rate=100, clock=lambda: self.now),
             clock=lambda: datetime.fromtimestamp(self.now, tz=UTC),
         )
 
@@ -129,7 +131,8 @@ class Bench:
 
     def results(self) -> dict[str, float]:
         lines = [line for line in generate_latest(self.metrics.registry).decode().splitlines() if "reconciles_total{" in line]
-        return {line.split('"')[1]: float(line.split()[1]) for line in lines}
+        numbers = {line.split('"')[1]: float(line.split()[1]) for line in lines}
+        return {result: number for result, number in numbers.items() if number}
 
 
 @pytest.fixture

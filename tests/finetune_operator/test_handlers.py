@@ -5,6 +5,7 @@ from pathlib import Path
 import kopf
 from finetune_operator import handlers
 from finetune_operator.handlers import EndlessBackoffs, configure_kopf
+from plain_kopf import HAZARDS
 
 _SOURCE = Path(str(handlers.__file__))
 
@@ -55,3 +56,11 @@ def test_watcher_of_profiles_is_one_for_the_cluster() -> None:
         "watcher for finetuneprofiles.v1alpha1.finetune.dev@None"
     }
     assert {"watcher for pods.v1@a", "watcher for pods.v1@b"} <= watchers
+
+
+def test_page_of_hazards_shows_the_scripts_as_they_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "design" / "kopf-hazards.md").read_text(encoding="utf-8")
+    scripts = [path for path in HAZARDS.glob("*.py") if path.stem != "guard"]
+
+    assert len(scripts) == 4
+    assert [path.name for path in scripts if path.read_text(encoding="utf-8").split("\n\n", 1)[1] not in page] == []

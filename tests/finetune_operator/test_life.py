@@ -2,14 +2,13 @@
 
 import json
 import signal
-import ssl
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import post_progress
+from replicas import election, seed_lease
 
 pytestmark = pytest.mark.apiserver
 
@@ -20,18 +19,15 @@ _PUBLISHED = {
 }
 
 
+@pytest.fixture
+def operator_settings(team: Any) -> dict[str, str]:
+    """Here the operator takes part in an election, as it does by default."""
+    seed_lease(team)
+    return election(("15", "10", "1"))
+
+
 def _names(objects: list[dict[str, Any]]) -> list[str]:
     return sorted(each["metadata"]["name"] for each in objects)
-
-
-def _post(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
-    body = json.dumps({"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}}).encode()
-    request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
 
 
 def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[Path, Path], until: Any) -> None:
@@ -42,7 +38,7 @@ def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[
     team.run_pod(pod)
     running = team.wait("Running")
     url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
-    answer = until(lambda: next(iter([_post(url, token=team.create_token(pod), ca=tls[0])])), what="an answer")
+    answer = until(lambda: next(iter([post_progress(url, token=team.create_token(pod), ca=tls[0])])), what="an answer")
     until(lambda: team.status().get("trainerStatus", {}).get("progressPercentage") == 40, what="progress is shown")
     team.end_pod(pod, message=json.dumps(_PUBLISHED))
     complete = team.wait("Complete")
@@ -75,7 +71,7 @@ def test_tokens_of_others_are_refused(team: Any, operator: Any, tls: tuple[Path,
     prefix = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces"
 
     def code(token: str, path: str = "mine") -> int:
-        return _post(f"{prefix}/{team.namespace}/trainjobs/{path}/status", token=token, ca=tls[0])[0]
+        return post_progress(f"{prefix}/{team.namespace}/trainjobs/{path}/status", token=token, ca=tls[0])[0]
 
     assert code(team.create_token(pods["mine"])) == 200
     assert code(team.create_token(pods["other"])) == 403
@@ -304,38 +300,6 @@ def test_profile_comes_changes_and_goes(team: Any, operator: Any, until: Any, wr
     team.wait("ProfileNotFound", "marker")
 
 
-def test_rights_suffice_and_all_are_used(
-    team: Any, operator: Any, tls: tuple[Path, Path], requests: Any, until: Any, rules: Any
-) -> None:
-    operator.start()
-    accelerator = {"deviceClass": {"name": "gpu.nvidia.com"}}
-    team.apply(runPolicy={"backoffLimit": 1}, accelerator=accelerator)
-    pod = team.wait_for_pod()
-    team.run_pod(pod)
-    team.wait("Running")
-    url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
-    _post(url, token=team.create_token(pod), ca=tls[0])
-    team.apply("gang", nodes=2, accelerator={"deviceClass": {"name": "gpu.nvidia.com", "count": 1}})
-    until(lambda: team.state("gang"), what="the Service, the ResourceClaimTemplate and the Job are there")
-    # Somebody deletes the attempt, so the next one asks whether it is really gone; the suspension deletes that one.
-    team.api.delete(team.path("jobs", f"emoji-{team.status()['run']}-1"))
-    until(lambda: team.status()["attempt"] == 2, what="the next attempt")
-    team.apply(suspend=True, accelerator=accelerator)
-    team.wait("Suspended")
-    operator.stop()
-    user = f"system:serviceaccount:{team.namespace}:operator"
-    done = [each for each in requests() if each["user"]["username"] == user]
-    used = {_describe(each["objectRef"], each["verb"]) for each in done if each.get("objectRef", {}).get("resource")}
-    granted = {f"{resource} {verb}" for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
-
-    assert [each["requestURI"] for each in done if each["responseStatus"].get("code") in (401, 403)] == []
-    assert used <= granted
-    # An apply that creates is checked for both verbs and logged as a patch; finalizers are for clusters that check
-    # ownerReferences; a repeated event is patched; events are listed for a Job without a pod (see the test of Pod Security).
-    created = {"jobs create", "services create", "resourceclaimtemplates create"}
-    assert granted - used <= created | {"finetunejobs/finalizers update", "events patch", "events list", "finetunejobs get"}
-
-
 def test_replaced_token_is_taken_up(team: Any, operator: Any) -> None:
     operator.start()
     team.apply("before")
@@ -344,7 +308,3 @@ def test_replaced_token_is_taken_up(team: Any, operator: Any) -> None:
     team.apply("after")
 
     team.wait("Unschedulable", "after")
-
-
-def _describe(reference: dict[str, str], verb: str) -> str:
-    return "/".join(filter(None, (reference["resource"], reference.get("subresource")))) + f" {verb}"

@@ -10,6 +10,7 @@ from finetune_api.v1alpha1 import FineTuneJobSpec, Metric
 from finetune_operator.observed import ChildState, Observed, ReceivedReport
 from finetune_operator.outcome import EventType, Outcome
 from finetune_operator.reconcile import reconcile
+from statuses import record
 from world import PUBLISHED, SETTINGS, SPEC, START, World, build_report
 
 
@@ -307,6 +308,23 @@ def test_progress_is_written_at_once_and_then_at_most_every_ten_seconds() -> Non
     assert 20 == world.status.trainer_status.progress_percentage
 
 
+def test_only_a_write_of_mere_progress_can_wait_its_turn() -> None:
+    running = World().settle().run()
+    started, progressed = running.reconcile(), running.settle().post(progress_percentage=10).reconcile()
+
+    assert (started.is_only_progress, progressed.is_only_progress) == (False, True)
+
+
+def test_remaining_time_is_ours_and_not_the_trainers() -> None:
+    world = World().settle().run().post(progress_percentage=10, estimated_remaining_seconds=9999)
+    assert world.report is not None
+    shown = replace(world, report=replace(world.report, seconds_left=41.6)).settle().status.trainer_status
+
+    assert shown is not None
+    assert shown.estimated_remaining_seconds == 42
+    assert world.settle().status.trainer_status.estimated_remaining_seconds is None
+
+
 def test_a_transition_does_not_wait_for_the_progress_interval() -> None:
     world = World().settle().run().post(progress_percentage=10).settle().wait(1).post(progress_percentage=90)
 
@@ -345,6 +363,7 @@ def test_an_unreadable_spec_stalls_and_touches_nothing() -> None:
     outcome = reconcile(job, world.observed, now=world.now, settings=SETTINGS)
 
     assert outcome.status is not None
+    record(outcome.status, generation=world.generation)
     assert ((), ()) == (outcome.delete, outcome.apply)
     assert is_true(outcome.status.conditions, "Stalled")
 

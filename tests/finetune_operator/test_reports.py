@@ -99,7 +99,13 @@ async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
     enqueued: list[Key] = []
     now = [0.0]
     receiver = ReportReceiver(
-        store=store, reviewer=reviewer, enqueue=enqueued.append, metrics=Metrics(), clock=lambda: _NOW, monotonic=lambda: now[0]
+        store=store,
+        reviewer=reviewer,
+        enqueue=enqueued.append,
+        metrics=Metrics(),
+        clock=lambda: _NOW,
+        monotonic=lambda: now[0],
+        body_seconds=0.5,
     )
     server = ReportServer(receiver, address="127.0.0.1", port=0, certificate=tls[0], key=tls[1])
     await server.start()
@@ -140,6 +146,9 @@ async def test_report_of_the_jobs_pod_is_kept_and_echoed(bench: Bench) -> None:
         pytest.param({"body": []}, 422, "Invalid", id="not an object"),
         pytest.param({"body": {"trainerStatus": {"progressPercentage": 101}}}, 422, "Invalid", id="out of bounds"),
         pytest.param(
+            {"body": {"trainerStatus": {"metrics": [{"name": "a", "value": "1"}] * 257}}}, 422, "Invalid", id="many metrics"
+        ),
+        pytest.param(
             {"body": {"trainerStatus": {"metrics": [{"name": "a" * 65, "value": "1"}]}}}, 422, "Invalid", id="long name"
         ),
         pytest.param({"method": "GET"}, 405, "NotFound", id="wrong method"),
@@ -160,6 +169,59 @@ async def test_other_reports_are_refused_and_leave_nothing(
 
     assert (status, body["reason"]) == (code, reason)
     assert (bench.report, bench.enqueued) == (None, [])
+
+
+async def test_sender_that_never_ends_its_body_is_cut_off(bench: Bench) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b'{"trainerStatus": '
+        await asyncio.Event().wait()
+
+    url, headers = bench.url + _PATH.format("team", "emoji"), {"Authorization": "Bearer mine"}
+    async with bench.session.post(url, data=drip(), headers=headers) as answer:
+        body = await answer.json()
+
+    assert (answer.status, body["reason"]) == (408, "Timeout")
+    assert (bench.report, bench.enqueued) == (None, [])
+
+
+async def test_body_of_a_stranger_is_not_waited_for(bench: Bench) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    url = bench.url + _PATH.format("team", "emoji")
+    async with bench.session.post(url, data=drip(), headers={"Authorization": "Bearer nonsense"}) as answer:
+        assert answer.status == 401
+
+
+async def test_hundreds_of_silent_connections_leave_room_for_reports(bench: Bench) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = int(bench.url.rpartition(":")[2])
+    silent = [(await asyncio.open_connection("127.0.0.1", port, ssl=context))[1] for _ in range(200)]
+    for writer in silent:
+        writer.write(b"POST / HTTP/1.1\r\nX-Slow: ")
+
+    assert await bench.post() == (200, _BODY)
+    for writer in silent:
+        writer.close()
+
+
+async def test_most_telling_metrics_of_many_are_kept(bench: Bench) -> None:
+    names = [f"eval_{number}" for number in range(100)] + ["current_step", "total_steps"]
+    body = {"trainerStatus": {"metrics": [{"name": name, "value": "1"} for name in names]}}
+
+    assert await bench.post(body=body) == (200, body)
+    kept = [metric.name for metric in bench.report.report.trainer_status.metrics]
+    assert kept == [*names[:30], "current_step", "total_steps"]
+
+
+async def test_remaining_time_follows_from_the_reports_of_the_attempt(bench: Bench) -> None:
+    for seconds, percentage in ((0, 10), (10, 20), (20, 30)):
+        bench.now[0] = seconds
+        await bench.post(body={"trainerStatus": {"progressPercentage": percentage, "estimatedRemainingSeconds": 9999}})
+
+    assert bench.report.seconds_left == pytest.approx(70)
 
 
 async def test_unknown_path_is_answered_with_a_status(bench: Bench) -> None:

@@ -13,6 +13,7 @@ _VALID = {
     "FINETUNE_REPORT_CA_FILE": "/tls/ca.crt",
     "FINETUNE_TLS_CERTIFICATE_FILE": "/tls/tls.crt",
     "FINETUNE_TLS_KEY_FILE": "/tls/tls.key",
+    "FINETUNE_LEASE_NAMESPACE": "finetune",
     "PATH": "/bin",
 }
 
@@ -43,6 +44,9 @@ def test_variables_of_other_programs_are_ignored() -> None:
         pytest.param({"FINETUNE_LOG_FORMAT": "xml"}, "log_format", id="unknown format"),
         pytest.param({"FINETUNE_ACCELERATORS": "nvidia"}, "(?s)accelerators.*this is no JSON", id="no JSON"),
         pytest.param({"FINETUNE_ACCELERATORS": '{"npu": {"resource": "a/b", "device": "cpu"}}'}, "npu.backend", id="no class"),
+        pytest.param({"FINETUNE_LEASE_NAMESPACE": ""}, "needs FINETUNE_LEASE_NAMESPACE", id="no namespace of the Lease"),
+        pytest.param({"FINETUNE_RENEW_SECONDS": "15"}, "lease_seconds must be more", id="renewal as late as the end"),
+        pytest.param({"FINETUNE_LEASE_RETRY_SECONDS": "10"}, "more than lease_retry", id="one renewal alone"),
         pytest.param({"FINETUNE_API_REQUESTS_PER_SECOND": "fast"}, "api_requests_per_second", id="not a number"),
     ],
 )

@@ -1,7 +1,7 @@
 """The token bucket, with the clock in the test's hand."""
 
 import pytest
-from finetune_operator.throttle import TokenBucket
+from finetune_operator.throttle import TokenBucket, Turns
 
 
 class Clock:
@@ -35,3 +35,32 @@ def test_nothing_passes_while_the_server_asks_for_patience() -> None:
     clock.now = 7
 
     assert bucket.reserve() == 0
+
+
+def test_keys_beyond_the_rate_wait_for_one_turn_each() -> None:
+    clock = Clock()
+    turns: Turns[str] = Turns(rate=10, clock=clock)
+    waits = [turns.take(key) for key in ("a", "b", "c", "b")]
+    clock.now = 0.1
+    later = [turns.take(key) for key in ("b", "c")]
+
+    assert waits == pytest.approx([0, 0.1, 0.2, 0.1])
+    assert later == pytest.approx([0, 0.1])
+
+
+def test_key_that_is_gone_leaves_no_turn() -> None:
+    turns: Turns[str] = Turns(rate=10, clock=Clock())
+    turns.take("a")
+    turns.take("b")
+    turns.forget("b")
+
+    assert turns.take("b") == pytest.approx(0.2)
+
+
+def test_a_token_is_there_or_not() -> None:
+    clock = Clock()
+    bucket = TokenBucket(rate=0.1, burst=2, clock=clock)
+
+    assert [bucket.take() for _ in range(4)] == [True, True, False, False]
+    clock.now = 10
+    assert [bucket.take() for _ in range(2)] == [True, False]

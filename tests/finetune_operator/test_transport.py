@@ -1,13 +1,16 @@
 """How requests are repeated: against a server that answers what the test wants."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
-from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError
+from finetune_operator.errors import ApiError, NotFoundError, NotLeaderError, RefusedError, StartError, UnauthorizedError
+from finetune_operator.gate import WriteGate
 from finetune_operator.metrics import Metrics
+from finetune_operator.outcome import Deletion
 from finetune_operator.policies.refusal import explain_refusal
 from finetune_operator.views import Kind, RawObject
 from kubernetes.aio.client import Configuration
@@ -22,9 +25,12 @@ class Server:
 
     answers: list[tuple[int, dict[str, str], str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    barrier: asyncio.Barrier | None = None
 
     async def answer(self, request: web.Request) -> web.Response:
         self.paths.append(request.path_qs)
+        if self.barrier is not None:
+            await self.barrier.wait()
         status, headers, text = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return web.Response(status=status, headers=headers, text=text)
 
@@ -40,14 +46,21 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-async def cluster(server: Server, metrics: Metrics) -> AsyncIterator[Cluster]:
+def gate() -> WriteGate:
+    return WriteGate(open_until=float("inf"))
+
+
+@pytest.fixture
+async def cluster(server: Server, metrics: Metrics, gate: WriteGate) -> AsyncIterator[Cluster]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     configuration = Configuration(host=f"http://127.0.0.1:{runner.addresses[0][1]}")
-    cluster = _Fixed(configuration, settings=ClientSettings(requests_per_second=500, burst=500, connections=4), metrics=metrics)
+    configuration.connection_pool_maxsize = 4
+    settings = ClientSettings(requests_per_second=500, burst=500, connections=4)
+    cluster = _Fixed(configuration, settings=settings, metrics=metrics, gate=gate)
     yield cluster
     await cluster.close()
     await runner.cleanup()
@@ -203,3 +216,75 @@ async def test_start_looks_for_profiles_in_the_whole_cluster(cluster: Cluster, s
         f"{prefix}/namespaces/team/finetunejobs",
         f"{prefix}/finetuneprofiles",
     ]
+
+
+_WRITES: dict[str, Callable[[Cluster], Awaitable[object]]] = {
+    "apply": lambda cluster: cluster.apply_child(_TEMPLATE),
+    "delete": lambda cluster: cluster.delete_child("team", Deletion(name="emoji-1", uid="u", resource_version="1")),
+    "create an event": lambda cluster: cluster.create_event("team", {}),
+    "repeat an event": lambda cluster: cluster.patch_event("team", "e", {}),
+}
+
+
+@pytest.mark.parametrize("write", _WRITES)
+async def test_no_write_leaves_a_process_that_does_not_lead(
+    cluster: Cluster, server: Server, gate: WriteGate, write: str
+) -> None:
+    server.answers = [_OK]
+    gate.close()
+    with pytest.raises(NotLeaderError):
+        await _WRITES[write](cluster)
+    assert [] == server.paths
+    gate.open_until(float("inf"))
+    await _WRITES[write](cluster)
+
+    assert 1 == len(server.paths)
+
+
+async def test_reads_and_token_reviews_need_no_leader(cluster: Cluster, server: Server, gate: WriteGate) -> None:
+    gate.close()
+    server.answers = [_EMPTY, (201, {}, '{"status": {"authenticated": false}}')]
+    await cluster.list_versions(Kind.POD, namespace="team")
+    await cluster.review_token("token")
+
+    assert 2 == len(server.paths)
+
+
+async def test_write_that_waited_for_a_connection_is_not_sent_too_late(cluster: Cluster, server: Server, gate: WriteGate) -> None:
+    server.answers, server.barrier = [_OK], asyncio.Barrier(5)
+    reads = [asyncio.create_task(_get(cluster)) for _ in range(4)]
+    write = asyncio.create_task(cluster.apply_child(_TEMPLATE))
+    while server.barrier.n_waiting < len(reads):  # noqa: ASYNC110  all connections are in use
+        await asyncio.sleep(0.01)
+    gate.close()
+    await server.barrier.wait()
+    with pytest.raises(NotLeaderError):
+        await write
+    await asyncio.gather(*reads)
+
+    assert len(reads) == len(server.paths)
+
+
+class ClosingGate(WriteGate):
+    """Lets a number of questions pass, then none."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
+
+    @property
+    def is_open(self) -> bool:
+        self.passes -= 1
+        return self.passes >= 0
+
+
+@pytest.mark.parametrize("gate", [ClosingGate(1)], ids=["closed after the request was made"])
+async def test_write_is_not_sent_when_the_gate_closes_behind_its_connection(
+    cluster: Cluster, server: Server, gate: WriteGate
+) -> None:
+    server.answers = [_OK]
+    async with asyncio.timeout(60):
+        with pytest.raises(NotLeaderError):
+            await cluster.apply_child(_TEMPLATE)
+
+    assert ([], gate.is_open) == (server.paths, False)

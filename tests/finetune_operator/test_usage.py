@@ -148,8 +148,8 @@ def test_metrics_count_what_an_attempt_used_by_its_own_kind() -> None:
     old = FineTuneJobStatus(run="a", usage=before, running_since=START)
 
     assert _measure(old, FineTuneJobStatus(run="a", usage=after)) == {
-        'finetune_accelerator_seconds_total{kind="nvidia"}': 160.0,
-        'finetune_wasted_accelerator_seconds_total{kind="nvidia"}': 16.0,
+        'finetune_accelerator_seconds_total{job_namespace="team",kind="nvidia"}': 160.0,
+        'finetune_wasted_accelerator_seconds_total{job_namespace="team",kind="nvidia"}': 16.0,
     }
 
 
@@ -157,5 +157,6 @@ def test_metrics_know_the_kind_of_an_attempt_that_was_never_seen_running() -> No
     after = Usage(accelerators=4, accelerator_kind=AcceleratorKind.TPU, accelerator_seconds=40)
 
     assert _measure(FineTuneJobStatus(run="a"), FineTuneJobStatus(run="a", usage=after)) == {
-        'finetune_accelerator_seconds_total{kind="tpu"}': 40.0
+        'finetune_accelerator_seconds_total{job_namespace="team",kind="tpu"}': 40.0,
+        'finetune_wasted_accelerator_seconds_total{job_namespace="team",kind="tpu"}': 0.0,
     }

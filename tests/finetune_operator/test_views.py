@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 from finetune_operator.observed import ChildState, ChildView, PodView
-from finetune_operator.views import build_job_view, is_unanswered, project_child, project_job, project_pod
+from finetune_operator.views import (
+    build_job_view,
+    is_unanswered,
+    project_child,
+    project_job,
+    project_pod,
+    project_profile,
+)
 
 _TIME = datetime(2026, 1, 1, 0, 5, tzinfo=UTC)
 
@@ -53,6 +60,40 @@ def test_job_without_status_has_an_empty_one(objects: Any) -> None:
     view = build_job_view(project_job(objects.job()))
 
     assert (view.status.run, view.status.conditions, view.deleting) == (None, (), False)
+
+
+@pytest.mark.parametrize("spec", ["text", ["text"], 7, {"profileRef": "team"}, {"profileRef": {"name": ["team"]}}, {}])
+def test_job_whose_spec_fits_no_schema_is_seen_with_an_error(objects: Any, spec: Any) -> None:
+    record = project_job(objects.job() | {"spec": spec})
+    view = build_job_view(record)
+
+    assert (None, None) == (record.content.profile, view.spec)
+    assert "spec" in (view.spec_error or "")
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "Complete",
+        ["Complete"],
+        {"conditions": "Ready"},
+        {"conditions": ["Ready"]},
+        {"conditions": [{"type": "Ready", "reason": []}]},
+    ],
+)
+def test_job_whose_status_fits_no_schema_counts_as_one_without(objects: Any, status: Any) -> None:
+    raw = objects.job() | {"status": status}
+    record = project_job(raw)
+
+    assert is_unanswered(raw)
+    assert ("", None) == (record.content.state, build_job_view(record).status.run)
+
+
+def test_profile_whose_spec_fits_no_schema_is_seen_with_an_error(objects: Any) -> None:
+    profile = project_profile(objects.profile() | {"spec": "text"}).content
+
+    assert (False, None) == (profile.is_default, profile.spec)
+    assert "spec" in (profile.spec_error or "")
 
 
 def test_job_under_deletion_is_seen_as_such(objects: Any) -> None:

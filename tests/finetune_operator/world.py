@@ -22,6 +22,7 @@ from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
+from statuses import record
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SETTINGS = TrainerSettings(
@@ -182,6 +183,7 @@ class World:
         return [child for child in self.children.values() if child.state is ChildState.ACTIVE]
 
     def reconcile(self) -> Outcome:
+        record(self.status, generation=self.generation)
         return reconcile(self.job, self.observed, now=self.now, settings=SETTINGS)
 
     def refuse(self, message: str) -> Outcome:
@@ -234,6 +236,7 @@ class World:
         if next(done, None) is None:
             return
         self.status = outcome.status or self.status
+        record(self.status, generation=self.generation)
         self.events += [(note.type.value, note.reason) for note in outcome.events]
 
     def kill(self, outcome: Outcome, *, writes: int) -> "World":

@@ -109,8 +109,8 @@ class StoppingProgress(Progress):
         self._calls_left = after
         self._stopping = False
 
-    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
-        super().advance(fraction, remaining_seconds=remaining_seconds)
+    def advance(self, fraction: float, **seconds: float | None) -> None:
+        super().advance(fraction, **seconds)
         if self._phase is self._stop_phase:
             self._calls_left -= 1
             self._stopping = self._calls_left <= 0

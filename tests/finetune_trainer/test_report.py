@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from finetune_api.contract import FailureReport, TrainerReport
+from finetune_api.contract import FailureReport, TimeLeft, TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, ResultMetric, TrainerStatus
 from finetune_trainer.budget import Budget
 from finetune_trainer.progress import Phase, Progress
@@ -226,3 +226,22 @@ def test_progress_never_falls_and_ends_at_100() -> None:
     assert reports[-1].trainer_status.estimated_remaining_seconds == 0
     assert reports[1].trainer_status.estimated_remaining_seconds == 70
     assert reports[-1].trainer_status.metrics == (Metric(name="loss", value="0.123457"),)
+
+
+def test_report_tells_what_the_steps_cannot() -> None:
+    progress = Progress(Budget(100, 0.0, lambda: 30.0), (), with_finetune=True)
+    progress.begin(Phase.FINETUNE)
+    before = progress.report().time_left
+    progress.advance(0.5, steps_seconds=20, after_steps_seconds=8)
+    during = progress.report().time_left
+    progress.begin(Phase.FINISH)
+    progress.advance(0.75)
+    after = progress.report().time_left
+
+    assert before == TimeLeft(budget_seconds=70)
+    assert during == TimeLeft(budget_seconds=70, after_steps_seconds=8)
+    assert after == TimeLeft(budget_seconds=70, after_steps_seconds=2)
+
+
+def test_trainer_without_fine_tuning_leaves_the_estimate_to_its_percentage() -> None:
+    assert Progress(Budget(100, 0.0, lambda: 30.0), (), with_finetune=False).report().time_left is None

@@ -203,10 +203,10 @@ class RecordingProgress(Progress):
         super().__init__(Budget(None, 0.0), (), with_finetune=True)
         self.fractions: list[float] = []
 
-    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
+    def advance(self, fraction: float, **seconds: float | None) -> None:
         if self._phase is Phase.FINETUNE:
             self.fractions.append(fraction)
-        super().advance(fraction, remaining_seconds=remaining_seconds)
+        super().advance(fraction, **seconds)
 
 
 def test_progress_of_fine_tuning_follows_its_steps(make_pictures: Any, make_config: Any) -> None:

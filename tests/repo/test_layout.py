@@ -56,7 +56,8 @@ def test_every_test_folder_is_named_after_what_it_tests() -> None:
     folders = {_name(path).split("/")[1] for path in _list_files("tests/**/*.py") if len(path.relative_to(ROOT).parts) > 2}
 
     assert folders <= {
-        "bench", "chart", "cluster", "data", "finetune_api", "finetune_operator", "finetune_trainer", "hack", "node", "repo",
+        "bench", "chart", "cluster", "data", "finetune_api", "finetune_operator", "finetune_trainer",
+        "gitops", "hack", "node", "repo",
     }  # fmt: skip
 
 

@@ -26,7 +26,9 @@ from finetune_trainer import local
 from finetune_trainer.budget import Budget, read_process_start
 from finetune_trainer.ending import Ending, write_ending
 from finetune_trainer.errors import InvalidSpecError, TrainerError, shorten
+from finetune_trainer.metrics import Totals, serve
 from finetune_trainer.progress import Progress, Sink
+from finetune_trainer.redact import build_redact, redact_output
 from finetune_trainer.report import Poster, Receiver, write_termination_message
 from finetune_trainer.seat import Seat, choose_slice, list_slices, read_seat, share_cpus
 from finetune_trainer.signals import StopFlag
@@ -62,6 +64,7 @@ def enter() -> NoReturn:
 
     The interpreter would take torch apart first, for seconds on a busy machine, when all is written and the kubelet is waiting.
     """
+    redact_output(build_redact(os.environ))
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -83,11 +86,17 @@ def run_in_pod(termination_message_file: Path) -> int:
 def run_in_seat(seat: Seat, ending_folder: Path) -> int:
     """Carry out the job in the environment as one of its processes, and leave its ending to the launcher; rank 0 reports."""
     config = _parse_config(os.environ.get(names.ENV_TRAINER_CONFIG))
+    serves_metrics = seat.local_rank == 0
     if config.world.device is DeviceType.CUDA and (mig_slice := choose_slice(_list_slices(config), local_rank=seat.local_rank)):
         # CUDA reads it when torch first asks for devices, of which there is one then.
         os.environ["CUDA_VISIBLE_DEVICES"] = mig_slice
         seat = replace(seat, local_rank=0)
-    return _run_and_report(config, lambda code, report: write_ending(ending_folder, seat.rank, code, report), seat=seat)
+    return _run_and_report(
+        config,
+        lambda code, report: write_ending(ending_folder, seat.rank, code, report),
+        seat=seat,
+        serves_metrics=serves_metrics,
+    )
 
 
 def _launch(config: TrainerConfig, termination_message_file: Path) -> int:
@@ -131,7 +140,11 @@ def _list_slices(config: TrainerConfig) -> tuple[str, ...]:
 
 
 def _run_and_report(
-    config: TrainerConfig | InvalidSpecError, keep: Callable[[int, TrainerReport], None], *, seat: Seat | None = None
+    config: TrainerConfig | InvalidSpecError,
+    keep: Callable[[int, TrainerReport], None],
+    *,
+    seat: Seat | None = None,
+    serves_metrics: bool = True,
 ) -> int:
     """Carry out the job and report to the operator; `keep` receives the last report."""
     stop = StopFlag()
@@ -140,13 +153,17 @@ def _run_and_report(
         receiver = Receiver(url, os.environ.get(names.ENV_REPORT_CA), os.environ.get(names.ENV_REPORT_TOKEN)) if url else None
         poster = Poster(receiver) if receiver else None
         sinks = [poster.offer] if poster else []
+        totals = Totals()
+        _serve_metrics(totals, os.environ.get(names.ENV_METRICS_PORT), serves=serves_metrics)
         started = read_process_start()
         if isinstance(config, InvalidSpecError):
-            code, report = _fail(config, Progress(Budget(None, started), sinks, with_finetune=True))
+            code, report = _fail(
+                config, Progress(Budget(None, started), sinks, with_finetune=True, redact=build_redact(os.environ))
+            )
         else:
             stop.grace_seconds = config.grace_seconds
             budget = Budget(config.training_seconds, started)
-            code, report = _carry_out(config, _follow(config, budget, sinks), budget=budget, stop=stop, seat=seat)
+            code, report = _carry_out(config, _follow(config, budget, sinks, totals), budget=budget, stop=stop, seat=seat)
         keep(code, report)
         if poster:
             poster.close()
@@ -218,19 +235,26 @@ def _carry_out(
     return ExitCode.COMPLETE, report
 
 
-def _follow(config: TrainerConfig, budget: Budget, sinks: Sequence[Sink]) -> Progress:
-    return Progress(budget, sinks, with_finetune=config.method is not MethodType.PROBE)
+def _follow(config: TrainerConfig, budget: Budget, sinks: Sequence[Sink], totals: Totals | None = None) -> Progress:
+    redact = build_redact(os.environ)
+    return Progress(budget, sinks, with_finetune=config.method is not MethodType.PROBE, redact=redact, totals=totals)
+
+
+def _serve_metrics(totals: Totals, port: str | None, *, serves: bool) -> None:
+    """Serve metrics where the operator says so; the processes of a pod share its ports, so the first of them does it."""
+    if serves and port and port.isdecimal():
+        serve(totals, port=int(port))
 
 
 def _fail(error: TrainerError, progress: Progress) -> tuple[int, TrainerReport]:
     logger.error("%s: %s", error.reason, error.message)
-    return error.exit_code, progress.fail(error.to_report())
+    return error.exit_code, progress.fail(error.to_report(progress.redact))
 
 
 def _fail_by_bug(error: Exception, progress: Progress) -> tuple[int, TrainerReport]:
     traceback.print_exception(error)
-    failure = FailureReport(reason="InternalError", message=shorten(f"{type(error).__name__}: {error}"))
-    log_tail = "".join(traceback.format_exception(error))[-LOG_TAIL_LENGTH:]
+    failure = FailureReport(reason="InternalError", message=shorten(progress.redact(f"{type(error).__name__}: {error}")))
+    log_tail = progress.redact("".join(traceback.format_exception(error)))[-LOG_TAIL_LENGTH:]
     return ExitCode.INTERNAL_ERROR, progress.fail(failure, log_tail=log_tail)
 
 

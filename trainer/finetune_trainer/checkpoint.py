@@ -136,6 +136,7 @@ class Checkpoints:
         Stages that take no steps leave the counts as they are.
         """
         step, samples = self._step if step is None else step, self._samples if samples is None else samples
+        totals, begun = self._progress.totals, time.monotonic()
         contents = {
             TENSORS_FILE: safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
             STATE_FILE: json.dumps(dict(state)).encode(),
@@ -149,10 +150,15 @@ class Checkpoints:
             self._storage.write_folder(name, files, confirm=self._fence.confirm)
         except OSError as error:
             self._num_failed += 1
+            totals.checkpoints_failed += 1
             self._progress.note(failed_checkpoints=self._num_failed)
             self.warn(f"a checkpoint could not be saved ({error.strerror or error}); earlier ones stay, and the training goes on")
             return False
+        finally:
+            totals.checkpoint_seconds += time.monotonic() - begun
         logger.info("saved %s", name)
+        totals.checkpoints_saved += 1
+        totals.checkpoint_bytes += sum(map(len, files.values()))
         self._announce(manifest)
         for name in self._list(stage)[self._writer.keep :]:
             self._remove(name)

@@ -51,6 +51,10 @@ class Device:
             return tensor
         return tensor.to(self.name)
 
+    def read_peak_memory(self) -> int | None:
+        """Return the most memory that torch held on a GPU; None elsewhere."""
+        return torch.cuda.max_memory_reserved(self.name) if self.type is DeviceType.CUDA else None
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context for forward passes in the device's precision."""
         return torch.autocast(self.type.value, dtype=torch.bfloat16, enabled=self.precision is Precision.BF16)

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -60,6 +60,22 @@ class Board:
         return bool(self.store.check([name]))
 
 
+@dataclass
+class Clock:
+    """Adds up the time that exchanges take."""
+
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Add the time of the body."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - begun
+
+
 @dataclass(frozen=True)
 class Group:
     """The processes of the job, as one of them sees them."""
@@ -67,6 +83,7 @@ class Group:
     rank: int = 0
     size: int = 1
     board: Board | None = None
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -78,14 +95,16 @@ class Group:
         if self.size == 1:
             return tuple(values)
         largest = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with self.clock.running():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return tuple(largest.tolist())
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes."""
         if self.size > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            with self.clock.running():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
@@ -95,7 +114,8 @@ class Group:
         padded = rows_ND.new_zeros((max(counts), *rows_ND.shape[1:]))
         padded[: len(rows_ND)] = rows_ND
         gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded)
+        with self.clock.running():
+            dist.all_gather(gathered, padded)
         return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
     def broadcast(self, content: bytes) -> bytes:
@@ -103,13 +123,15 @@ class Group:
         if self.size == 1:
             return content
         length = torch.tensor([len(content)])
-        dist.broadcast(length, src=0)
+        with self.clock.running():
+            dist.broadcast(length, src=0)
         buffer = torch.empty(int(length), dtype=torch.uint8)
         if not len(buffer):
             return b""
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        with self.clock.running():
+            dist.broadcast(buffer, src=0)
         return buffer.numpy().tobytes()
 
     def broadcast_json(self, content: Any) -> Any:  # noqa: ANN401  JSON data

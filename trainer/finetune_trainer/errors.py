@@ -13,6 +13,7 @@ TrainerError
 Everything else that is raised is a bug or the machine.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from finetune_api.contract import ExitCode, FailureReport
@@ -30,9 +31,9 @@ class TrainerError(Exception):
         self.reason = reason
         self.message = message
 
-    def to_report(self) -> FailureReport:
-        """Return the failure as it is reported."""
-        return FailureReport(reason=self.reason, message=shorten(self.message))
+    def to_report(self, redact: Callable[[str], str]) -> FailureReport:
+        """Return the failure as it is reported. What is secret goes before the text is cut: a part of it would stay."""
+        return FailureReport(reason=self.reason, message=shorten(redact(self.message)))
 
 
 class InvalidSpecError(TrainerError):

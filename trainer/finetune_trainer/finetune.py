@@ -41,6 +41,17 @@ class Note:
     loss: float
     images_per_second: float
     data_wait_share: float
+    work: "Work"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the fine-tuning has done in this process, steps that were taken back included."""
+
+    steps: int
+    images: int
+    seconds: float
+    wait_seconds: float
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ class Meter:
     durations: deque[float]
     started: float = field(default_factory=time.perf_counter)
     noted: float = field(default_factory=time.perf_counter)
+    busy_seconds: float = 0.0
     wait_seconds: float = 0.0
     num_images: int = 0
     num_steps: int = 0
@@ -132,6 +144,7 @@ class Meter:
         if self.num_steps == 1:
             self.durations.clear()
         self.durations.append(seconds)
+        self.busy_seconds += seconds
         self.num_images += images
 
     def describe(self, learner: Learner, steps_left: int) -> Note:
@@ -139,7 +152,9 @@ class Meter:
         self.noted = time.perf_counter()
         elapsed = self.noted - self.started
         loss = float(torch.stack(tuple(learner.latest)).mean())
-        return Note(learner.pace, steps_left, self.step_seconds, loss, self.num_images / elapsed, self.wait_seconds / elapsed)
+        images_per_second, wait_share = self.num_images / elapsed, self.wait_seconds / elapsed
+        work = Work(self.num_steps, self.num_images, self.busy_seconds, self.wait_seconds)
+        return Note(learner.pace, steps_left, self.step_seconds, loss, images_per_second, wait_share, work)
 
 
 def finetune(

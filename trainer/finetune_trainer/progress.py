@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from finetune_api.contract import FailureReport, TrainerReport
+from finetune_api.contract import FailureReport, TimeLeft, TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, Metric, OutputStatus, Result, TrainerStatus
 
 from finetune_trainer.budget import Budget
+from finetune_trainer.metrics import Totals
+from finetune_trainer.redact import Redact, redact_report
 
 # Less than this is done too early to say how long the rest takes.
 LEAST_SHARE_FOR_ESTIMATE = 0.05
@@ -34,8 +36,19 @@ _SHARES_OF_PROBE = {Phase.READ: 0.15, Phase.FEATURES: 0.6, Phase.PROBE: 0.15, Ph
 class Progress:
     """Collects what the stages say and hands reports to the sinks."""
 
-    def __init__(self, budget: Budget, sinks: Sequence[Sink], *, with_finetune: bool) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        sinks: Sequence[Sink],
+        *,
+        with_finetune: bool,
+        redact: Redact = str,
+        totals: Totals | None = None,
+    ) -> None:
+        self.totals = totals or Totals()
+        """What is shown to Prometheus."""
         self._budget = budget
+        self.redact = redact
         self._sinks = tuple(sinks)
         self._shares = _SHARES_WITH_FINETUNE if with_finetune else _SHARES_OF_PROBE
         self._with_finetune = with_finetune
@@ -43,6 +56,7 @@ class Progress:
         self._fraction = 0.0
         self._highest = 0
         self._remaining_seconds: float | None = None
+        self._after_steps_seconds: float | None = None
         self._metrics: dict[str, str] = {}
         self._delivered = 0.0
         self._checkpoint: CheckpointStatus | None = None
@@ -50,12 +64,15 @@ class Progress:
     def begin(self, phase: Phase) -> None:
         """Enter a phase, and report at once."""
         self._phase, self._fraction, self._remaining_seconds = phase, 0.0, None
+        self.totals.phase = phase.value
         self._deliver(self.report(), urgent=True)
 
-    def advance(self, fraction: float, *, remaining_seconds: float | None = None) -> None:
-        """Say how much of the phase is done and, if known, how long the rest of the job takes."""
+    def advance(self, fraction: float, *, steps_seconds: float | None = None, after_steps_seconds: float | None = None) -> None:
+        """Say how much of the phase is done and, if known, how long the steps that are left take, and what follows them."""
         self._fraction = min(1.0, fraction)
-        self._remaining_seconds = remaining_seconds
+        self._remaining_seconds = None
+        if steps_seconds is not None and after_steps_seconds is not None:
+            self._remaining_seconds, self._after_steps_seconds = steps_seconds + after_steps_seconds, after_steps_seconds
         now = time.monotonic()
         if now - self._delivered > 0.5:
             self._delivered = now
@@ -84,6 +101,7 @@ class Progress:
         before = sum(self._shares[phase] for phase in phases[: phases.index(self._phase)])
         share = before + self._shares[self._phase] * self._fraction
         self._highest = max(self._highest, min(99, int(share * 100)))
+        self.totals.progress_ratio = self._highest / 100
         remaining = self._estimate_remaining(share)
         status = TrainerStatus(
             progress_percentage=self._highest,
@@ -91,7 +109,19 @@ class Progress:
             metrics=tuple(Metric(name=name, value=value) for name, value in self._metrics.items()),
             last_updated_time=datetime.now(UTC),
         )
-        return TrainerReport(trainer_status=status, checkpoint=self._checkpoint)
+        return TrainerReport(trainer_status=status, time_left=self._build_time_left(), checkpoint=self._checkpoint)
+
+    def _build_time_left(self) -> TimeLeft | None:
+        """Return what the operator cannot tell from our steps; without fine-tuning the percentage is all there is."""
+        if not self._with_finetune:
+            return None
+        budget, after_steps = self._budget.remaining_seconds(), self._after_steps_seconds
+        if after_steps is not None and self._phase is Phase.FINISH:
+            after_steps *= 1 - self._fraction
+        return TimeLeft(
+            after_steps_seconds=None if after_steps is None else round(max(0.0, after_steps), 1),
+            budget_seconds=None if budget is None else round(max(0.0, budget), 1),
+        )
 
     def _estimate_remaining(self, share: float) -> float | None:
         if self._highest == 100 or self._remaining_seconds is not None:
@@ -104,6 +134,7 @@ class Progress:
         return self._budget.elapsed_seconds() * (1 - share) / share
 
     def _deliver(self, report: TrainerReport, *, urgent: bool) -> TrainerReport:
+        report = redact_report(report, self.redact)
         for sink in self._sinks:
             sink(report, self._phase.value, urgent)
         return report

@@ -166,6 +166,7 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
     reserve_seconds = _estimate_reserve(job, plan)
 
     def advance(note: Note) -> None:
+        _show(job, note)
         job.progress.note(
             loss=note.loss,
             train_images_per_second=note.images_per_second,
@@ -173,7 +174,9 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
             current_step=note.pace.done,
             total_steps=note.pace.done + note.steps_left,
         )
-        job.progress.advance(note.pace.progress, remaining_seconds=note.steps_left * note.step_seconds + reserve_seconds)
+        job.progress.advance(
+            note.pace.progress, steps_seconds=note.steps_left * note.step_seconds, after_steps_seconds=reserve_seconds
+        )
 
     tuned, last = finetune(
         build_classifier(job, v0.probe.head),
@@ -201,6 +204,16 @@ def _tune(job: Job, v0: ModelV0, plan: Plan) -> Tuning:
     tuning = Tuning(recipe, tuned, _describe_cut(recipe, last.pace.done), details)
     _save_tuning(job, tuning, tuned, step=last.pace.done)
     return tuning
+
+
+def _show(job: Job, note: Note) -> None:
+    """Let Prometheus see how the fine-tuning stands."""
+    totals = job.progress.totals
+    totals.steps, totals.samples = note.work.steps, note.work.images
+    totals.step_seconds, totals.data_wait_seconds = note.work.seconds, note.work.wait_seconds
+    totals.samples_per_second, totals.loss = note.images_per_second, note.loss
+    totals.exchange_seconds = job.group.clock.seconds
+    totals.device_memory_peak_bytes = job.device.read_peak_memory()
 
 
 def _describe_cut(recipe: Recipe, done: int) -> tuple[str, ...]:

@@ -45,3 +45,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $service := printf "%s.%s.svc" (include "finetune-operator.fullname" .) .Release.Namespace -}}
 {{- list $service (printf "%s.cluster.local" $service) | toJson -}}
 {{- end -}}
+
+{{/* What selects the pods of all FineTuneJobs of a namespace. */}}
+{{- define "finetune-operator.trainers" -}}
+matchLabels:
+  app.kubernetes.io/managed-by: finetune-operator
+matchExpressions:
+  - {key: finetune.dev/job, operator: Exists}
+{{- end -}}
+
+{{/* Egress to name servers, wherever the cluster has them. */}}
+{{- define "finetune-operator.dnsEgress" -}}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end -}}

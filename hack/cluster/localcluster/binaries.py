@@ -12,7 +12,7 @@ from pathlib import Path
 from localcluster.environment import child_environment
 from localcluster.errors import ClusterError
 from localcluster.locks import locked
-from localcluster.paths import GO_MODULE, GO_TOOLS_MODULE, cache_folder
+from localcluster.paths import GO_MODULE, GO_TOOLS_MODULE, KSTATUS_MODULE, KWOK_MODULE, cache_folder
 from localcluster.shell import say, tail
 
 KUBERNETES = "v1.34.4"
@@ -57,6 +57,9 @@ TOOLS = (
     Program("etcdctl", "go.etcd.io/etcd/etcdctl/v3"),
 )
 DOCUMENTATION = (Program("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs", GO_TOOLS_MODULE),)
+# Plays the kubelets in load tests, which compile it on first use.
+LOAD = (Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", KWOK_MODULE),)
+JUDGES = (Program("kstatus", ".", KSTATUS_MODULE),)
 CLUSTER = (*CONTROL_PLANE, *NODE, *TOOLS)
 
 
@@ -74,7 +77,7 @@ def ensure_binaries(programs: tuple[Program, ...] = CLUSTER) -> None:
 
 def find_program(name: str) -> Program:
     """Return the program with a name."""
-    known = {program.name: program for program in (*CLUSTER, *DOCUMENTATION)}
+    known = {program.name: program for program in (*CLUSTER, *DOCUMENTATION, *LOAD, *JUDGES)}
     if name not in known:
         raise ClusterError(f"{name}: no such program; there are {', '.join(sorted(known))}")
     return known[name]

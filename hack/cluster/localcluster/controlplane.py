@@ -38,7 +38,11 @@ AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
     "omitStages": ["RequestReceived"],
-    "rules": [{"level": "Metadata"}],
+    # The content of Leases tells who led when.
+    "rules": [
+        {"level": "Request", "resources": [{"group": "coordination.k8s.io", "resources": ["leases"]}]},
+        {"level": "Metadata"},
+    ],
 }
 
 
@@ -115,7 +119,7 @@ def _apiserver(instance: Instance, state: ClusterState, *, has_audit_log: bool) 
         f"--audit-log-path={instance.folder / 'audit.log'}",
         "--audit-log-format=json",
         "--audit-log-maxsize=500",
-        "--audit-log-maxbackup=1",
+        "--audit-log-maxbackup=4",
     )
     return (
         binary("kube-apiserver"),
@@ -129,7 +133,8 @@ def _apiserver(instance: Instance, state: ClusterState, *, has_audit_log: bool) 
         f"--service-account-signing-key-file={pki / 'sa.key'}",
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
         "--authorization-mode=Node,RBAC",
-        "--enable-admission-plugins=NodeRestriction",
+        # With the second, who sets blockOwnerDeletion needs a right on the owner's finalizers, as on OpenShift.
+        "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
         f"--service-cluster-ip-range={SERVICE_RANGE}",
         "--allow-privileged",
         # By its address: the name of the node is in no DNS.

@@ -8,6 +8,8 @@ from localcluster.environment import cache_home
 WORK_TREE = Path(__file__).resolve().parents[3]
 GO_MODULE = WORK_TREE / "hack" / "cluster" / "go"
 GO_TOOLS_MODULE = WORK_TREE / "hack" / "cluster" / "go-tools"
+KWOK_MODULE = WORK_TREE / "hack" / "kwok"
+KSTATUS_MODULE = WORK_TREE / "hack" / "kstatus"
 LOCAL = WORK_TREE / ".local"
 CLUSTERS = LOCAL / "clusters"
 IMAGES_FILE = LOCAL / "images.json"

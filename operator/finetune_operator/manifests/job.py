@@ -146,11 +146,14 @@ def _build_container(
             {"name": names.ENV_REPORT_URL, "value": url},
             {"name": names.ENV_REPORT_CA, "value": names.REPORT_CA_FILE},
             {"name": names.ENV_REPORT_TOKEN, "value": names.REPORT_TOKEN_FILE},
+            {"name": names.ENV_METRICS_PORT, "value": str(names.PORT_METRICS)},
             # The root file system is read-only: caches of the libraries go to the pod's own temporary folder.
             {"name": "HOME", "value": "/tmp"},  # noqa: S108
             *({"name": name, "value": value} for name, value in shape.environment.items()),
         ],
         **_build_secrets(spec),
+        # By this name the chart's PodMonitor finds the port; a service mesh and network policies read it as well.
+        "ports": [{"name": "metrics", "containerPort": names.PORT_METRICS}],
         "resources": {"requests": amounts, "limits": amounts} | claims,
         "securityContext": {
             "allowPrivilegeEscalation": False,

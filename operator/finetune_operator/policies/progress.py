@@ -6,7 +6,8 @@ from finetune_api.contract import TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, FineTuneJobStatus, Metric, ResultMetric, TrainerStatus
 from pydantic import ValidationError
 
-from finetune_operator.observed import ChildView, Observed, PodView
+from finetune_operator.observed import ChildView, Observed, PodView, ReceivedReport
+from finetune_operator.policies.pace import estimate_seconds_left, follow
 
 # The task's main metric while it trains, best first.
 _MAIN_METRICS = ("val_accuracy", "probe_val_accuracy", "loss")
@@ -37,6 +38,22 @@ def find_report(observed: Observed, child: ChildView, *, pod: PodView | None) ->
     return None
 
 
+def receive(
+    previous: ReceivedReport | None, report: TrainerReport, *, child: ChildView, received_at: datetime, monotonic: float
+) -> ReceivedReport:
+    """Return a report of an attempt as it is kept, with the remaining time that follows from it and those before it."""
+    is_same = previous is not None and (previous.run, previous.attempt) == (child.run, child.attempt)
+    pace = follow(previous.pace if previous and is_same else None, report, at=monotonic)
+    return ReceivedReport(
+        run=child.run,
+        attempt=child.attempt,
+        received_at=received_at,
+        report=report,
+        pace=pace,
+        seconds_left=estimate_seconds_left(pace, report, at=monotonic),
+    )
+
+
 def find_newest_checkpoint(known: CheckpointStatus | None, observed: Observed, *, run: str) -> CheckpointStatus | None:
     """Return the newest checkpoint that a trainer of this run has told of, in a report or as its last word."""
     pods = (pod for pod in (*observed.pods, *observed.former_pods) if pod.run == run)
@@ -54,7 +71,9 @@ def merge_trainer_status(previous: TrainerStatus | None, observed: Observed, *, 
         return previous
     if previous and previous.last_updated_time and previous.last_updated_time >= received.received_at:
         return previous
-    return received.report.trainer_status.model_copy(update={"last_updated_time": received.received_at})
+    seconds_left = None if received.seconds_left is None else round(received.seconds_left)
+    update = {"last_updated_time": received.received_at, "estimated_remaining_seconds": seconds_left}
+    return received.report.trainer_status.model_copy(update=update)
 
 
 def describe_metric(metrics: tuple[Metric, ...] | tuple[ResultMetric, ...]) -> str | None:
@@ -69,10 +88,15 @@ def describe_metric(metrics: tuple[Metric, ...] | tuple[ResultMetric, ...]) -> s
 
 def compute_progress_delay(old: FineTuneJobStatus, new: FineTuneJobStatus, *, now: datetime, interval_seconds: float) -> float:
     """Return for how many seconds a status write can wait: 0 unless only progress changed since a recent write."""
-    without = {"trainer_status": None, "metric": None, "checkpoint": None}
-    if old.model_copy(update=without) != new.model_copy(update=without):
+    if not is_only_progress(old, new):
         return 0
     if old.trainer_status is None or old.trainer_status.last_updated_time is None:
         return 0
     due = old.trainer_status.last_updated_time + timedelta(seconds=interval_seconds)
     return max(0.0, (due - now).total_seconds())
+
+
+def is_only_progress(old: FineTuneJobStatus, new: FineTuneJobStatus) -> bool:
+    """Return whether two statuses are the same but for progress."""
+    without = {"trainer_status": None, "metric": None, "checkpoint": None}
+    return old.model_copy(update=without) == new.model_copy(update=without)
