@@ -50,17 +50,6 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session")
-def find_program() -> Callable[[str], str]:
-    """Return where a program lies that the local cluster's tooling compiles or fetches."""
-
-    def find(name: str) -> str:
-        command = [sys.executable, str(ROOT / "hack" / "cluster"), "path", name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    return find
-
-
 @pytest.fixture(scope="session", autouse=True)
 def every_status_is_read_right_by_gitops_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Judge the statuses that this run has come across and no earlier one had; with UPDATE_GOLDEN=1, keep them for later runs."""

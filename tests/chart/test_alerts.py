@@ -3,11 +3,11 @@
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cluster_client
 import pytest
 import yaml
 from series import find_label_problem, list_metrics
@@ -129,8 +129,8 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def promtool(find_program: Callable[[str], str]) -> str:
-    return find_program("promtool")
+def promtool() -> str:
+    return cluster_client.program("promtool")
 
 
 def test_rules_are_valid(promtool: str) -> None:

@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cluster_client
 import pytest
 import yaml
 from finetune_api import names
@@ -89,7 +89,7 @@ def test_panels_do_not_overlap_and_say_what_they_show(dashboard: dict[str, Any])
     assert all(panel["description"].endswith(".") and panel["targets"] for panel in panels if panel["type"] != "row")
 
 
-def test_configuration_of_the_page_is_one_for_prometheus(find_program: Callable[[str], str], tmp_path: Path) -> None:
+def test_configuration_of_the_page_is_one_for_prometheus(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "tasks" / "monitoring.md").read_text(encoding="utf-8")
     plain, labels = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     configuration = yaml.safe_load(plain)
@@ -100,7 +100,7 @@ def test_configuration_of_the_page_is_one_for_prometheus(find_program: Callable[
         scrape["static_configs"] = [{"targets": ["localhost"]}]
     shutil.copy(RULES_FILE, tmp_path)
     (tmp_path / "prometheus.yaml").write_text(json.dumps(configuration))
-    command = [find_program("promtool"), "check", "config", tmp_path / "prometheus.yaml"]
+    command = [cluster_client.program("promtool"), "check", "config", tmp_path / "prometheus.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert 0 == result.returncode, result.stdout + result.stderr

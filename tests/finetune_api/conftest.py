@@ -1,15 +1,13 @@
 """kubectl against the tests' control plane."""
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cluster_client
 import pytest
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -17,8 +15,7 @@ Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def kubectl(control_plane: Path, api: Any) -> Kubectl:
     """Run kubectl as the administrator; the result is returned whatever the exit status."""
-    command = [sys.executable, str(_ROOT / "hack" / "cluster"), "path", "kubectl"]
-    program = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    program = cluster_client.program("kubectl")
 
     def run(*words: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

@@ -28,6 +28,12 @@ SPEC = {
     "dataset": {"uri": "pvc://datasets/emoji"},
     "output": {"uri": "pvc://models/emoji"},
 }
+# The last word of a trainer that has published a model.
+PUBLISHED = {
+    "trainerStatus": {"progressPercentage": 100, "metrics": [{"name": "loss", "value": "0.1"}]},
+    "output": {"uri": "pvc://models/emoji", "digest": "sha256:00", "bytes": 7},
+    "result": {"candidate": "finetuned", "metrics": [{"name": "test_accuracy", "value": "0.81", "low": "0.77", "high": "0.86"}]},
+}
 
 _CHART_ROLE = Path(__file__).parents[2] / "charts" / "finetune-operator" / "templates" / "rbac.yaml"
 

@@ -3,21 +3,16 @@
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cluster_client
 import pytest
+from harness import PUBLISHED
 
 pytestmark = pytest.mark.apiserver
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PUBLISHED = {
-    "trainerStatus": {"progressPercentage": 100, "metrics": [{"name": "loss", "value": "0.1"}]},
-    "output": {"uri": "pvc://models/emoji", "digest": "sha256:00", "bytes": 7},
-    "result": {"candidate": "finetuned", "metrics": [{"name": "test_accuracy", "value": "0.81", "low": "0.77", "high": "0.86"}]},
-}
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -25,8 +20,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def start(control_plane: Path, team: Any) -> Iterator[Start]:
     """Start kubectl in the team's namespace; what still runs at the end is stopped."""
-    command = [sys.executable, str(_ROOT / "hack" / "cluster"), "path", "kubectl"]
-    program = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    program = cluster_client.program("kubectl")
     processes: list[subprocess.Popen[str]] = []
 
     def run(*words: str) -> "subprocess.Popen[str]":
@@ -66,7 +60,7 @@ def test_kubectl_tells_the_life_of_a_job(team: Any, operator: Any, start: Start,
     team.run_pod(pod)
     team.wait("Running")
     early = waiting.poll()
-    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    team.end_pod(pod, message=json.dumps(PUBLISHED))
     told = waiting.communicate(timeout=300)[0]
     rows = [line.split() for line in (*head[1:], *_read_until(watching, "Complete"))]
     until(lambda: ("Normal", "Complete") in team.events(), what="the event of the end")
@@ -116,7 +110,7 @@ def test_events_tell_transitions_alone(team: Any, operator: Any, until: Any) -> 
     team.wait("Running")
     operator.stop()
     operator.start()
-    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    team.end_pod(pod, message=json.dumps(PUBLISHED))
     team.wait("Complete")
     until(lambda: ("Normal", "Complete") in team.events(), what="the event of the end")
     items = team.api.get(team.path("events"))["items"]

@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import post_progress
+from harness import PUBLISHED, post_progress
 from replicas import election, seed_lease
 
 pytestmark = pytest.mark.apiserver
-
-_PUBLISHED = {
-    "trainerStatus": {"progressPercentage": 100, "metrics": [{"name": "loss", "value": "0.1"}]},
-    "output": {"uri": "pvc://models/emoji", "digest": "sha256:00", "bytes": 7},
-    "result": {"candidate": "finetuned", "metrics": [{"name": "test_accuracy", "value": "0.81", "low": "0.77", "high": "0.86"}]},
-}
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[
     url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
     answer = until(lambda: next(iter([post_progress(url, token=team.create_token(pod), ca=tls[0])])), what="an answer")
     until(lambda: team.status().get("trainerStatus", {}).get("progressPercentage") == 40, what="progress is shown")
-    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    team.end_pod(pod, message=json.dumps(PUBLISHED))
     complete = team.wait("Complete")
 
     assert pending["observedGeneration"] == created["metadata"]["generation"] == 1
@@ -211,7 +205,7 @@ def test_what_happens_while_the_operator_is_down_is_found_later(team: Any, opera
     team.run_pod(pod)
     team.wait("Running")
     operator.stop()
-    team.end_pod(pod, message=json.dumps(_PUBLISHED))
+    team.end_pod(pod, message=json.dumps(PUBLISHED))
     team.apply("late")
     operator.start()
 
@@ -286,7 +280,7 @@ def test_profile_comes_changes_and_goes(team: Any, operator: Any, until: Any, wr
     team.api.delete(team.profile_path)
     team.run_pod(second)
     team.wait("Running")
-    team.end_pod(second, message=json.dumps(_PUBLISHED))
+    team.end_pod(second, message=json.dumps(PUBLISHED))
     complete = team.wait("Complete")
 
     assert before == untouched, "a change of the profile touches nothing that runs"

@@ -5,10 +5,11 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cluster_client
 import pytest
 import yaml
 from harness import Operator, Team, find_port, wait_until
@@ -60,10 +61,10 @@ def _hurry(rules: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def prometheus(find_program: Callable[[str], str], tmp_path: Path, operator: Operator) -> Iterator[Prometheus]:
+def prometheus(tmp_path: Path, operator: Operator) -> Iterator[Prometheus]:
     folder = tmp_path / "prometheus"
     folder.mkdir()
-    server = Prometheus(find_program("prometheus"), folder, target=operator.metrics_address)
+    server = Prometheus(cluster_client.program("prometheus"), folder, target=operator.metrics_address)
     yield server
     server.process.kill()
     server.process.wait()
