@@ -126,6 +126,10 @@ class Controller:
                 return "refused"
             except ConflictError as error:
                 return await self._settle_conflict(job, observed, manifest, error=error)
+        if outcome.apply and self._queue.has_urgent:
+            # Others still wait for their first child. What this one leads to is in the next look, with all that has come by then.
+            self._queue.add(key)
+            return "deferred"
         await self._conclude(job, outcome)
         self._queue.forget(key)
         if outcome.inspect is not None:

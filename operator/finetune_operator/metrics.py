@@ -19,7 +19,7 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 OTHER = "Other"
 STATES = (*get_args(StateReason), OTHER)
-RESULTS = ("success", "requeue", "refused", "error")
+RESULTS = ("success", "deferred", "requeue", "refused", "error")
 VERBS = ("get", "list", "create", "update", "patch", "delete")
 RESOURCES = (
     "finetunejobs", "finetunejobs/status", "finetuneprofiles", "jobs", "pods", "services", "resourceclaimtemplates", "events",

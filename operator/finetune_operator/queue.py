@@ -51,6 +51,11 @@ class WorkQueue(Generic[K]):
         return len(self._urgent) + len(self._ready)
 
     @property
+    def has_urgent(self) -> bool:
+        """Return whether an urgent key waits for a worker."""
+        return bool(self._urgent)
+
+    @property
     def num_in_flight(self) -> int:
         """Return the number of keys that are being worked on."""
         return len(self._in_flight)

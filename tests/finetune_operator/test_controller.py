@@ -152,6 +152,18 @@ async def test_fresh_job_gets_its_child_then_its_status(bench: Bench) -> None:
     assert bench.events == ["emoji Pending"]
 
 
+async def test_children_of_many_fresh_jobs_come_before_their_statuses(bench: Bench) -> None:
+    names = ("cats", "dogs", "emoji")
+    for name in names:
+        bench.show(bench.objects.job(name=name))
+        bench.queue.add(("team", name), is_urgent=True)
+    requests = await bench.work()
+
+    assert [each.split()[0] for each in requests] == ["apply"] * 3 + ["status"] * 3
+    assert {f"{name} Pending" for name in names} == set(bench.events)
+    assert bench.results() == {"deferred": 2, "success": 3}
+
+
 async def test_own_writes_are_seen_without_a_watch(bench: Bench) -> None:
     bench.show(bench.objects.job())
     await bench.wake()
