@@ -85,7 +85,7 @@ class Operator:
         receiver = ReportReceiver(
             store=self._store,
             reviewer=cluster,
-            enqueue=self._enqueue,
+            enqueue=self._enqueue_report,
             metrics=metrics,
             clock=_now,
             is_leading=lambda: leadership.is_leading,
@@ -159,6 +159,13 @@ class Operator:
         """Have a key reconciled; a standby need not remember what it would, as a leader begins with all keys."""
         if self._leadership.begun.is_set():
             self._queue.add(key, is_urgent=is_urgent)
+
+    def _enqueue_report(self, key: Key) -> None:
+        """Have a key reconciled when its progress may be written next; the reports until then need no look of their own."""
+        record = self._store.jobs.find(key)
+        shown_at = record.content.progress_at if record else None
+        seconds = self._settings.progress_seconds - (_now() - shown_at).total_seconds() if shown_at else 0
+        self._queue.add_after(key, seconds)
 
     async def _audit(self) -> None:
         await self._auditor.wait_until_synced()

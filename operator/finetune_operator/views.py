@@ -74,6 +74,8 @@ class JobContent:
     """Reason of the Ready condition."""
     spec: bytes
     status: bytes
+    progress_at: datetime | None
+    """When the progress that the status shows was received."""
     profile: str | None
     """Name of the profile that the spec names."""
     queue_labels: Mapping[str, str]
@@ -112,6 +114,7 @@ def project_job(raw: RawObject) -> Record[JobContent]:
         state=_read_text(ready, "reason") or "",
         spec=_dump(raw.get("spec") or {}),
         status=_dump(status),
+        progress_at=_read_time(_read_object(status, "trainerStatus"), "lastUpdatedTime"),
         profile=_read_text(_read_object(spec, "profileRef"), "name"),
         queue_labels={label: labels[label] for label in (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY) if labels.get(label)},
         topology={name: value for name, value in annotations.items() if name.startswith(names.ANNOTATION_PREFIX_TOPOLOGY)},
@@ -277,6 +280,14 @@ def _read_object(raw: RawObject, field: str) -> RawObject:
 def _read_text(raw: RawObject, field: str) -> str | None:
     value = raw.get(field)
     return value if isinstance(value, str) else None
+
+
+def _read_time(raw: RawObject, field: str) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(_read_text(raw, field) or "")
+    except ValueError:
+        return None
+    return time if time.tzinfo else None
 
 
 def _find_end(status: RawObject) -> tuple[ChildState, RawObject]:

@@ -56,6 +56,22 @@ def test_change_of_the_user_is_told_from_our_own(
     assert is_unanswered(objects.job(generation=generation, status=status)) is expected
 
 
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        pytest.param("2026-01-01T00:05:00Z", _TIME, id="shown"),
+        pytest.param(None, None, id="none"),
+        pytest.param("soon", None, id="no time"),
+        pytest.param("2026-01-01T00:05:00", None, id="no zone"),
+        pytest.param(7, None, id="no text"),
+    ],
+)
+def test_job_knows_when_its_progress_was_received(objects: Any, *, time: Any, expected: datetime | None) -> None:
+    record = project_job(objects.job(status={"trainerStatus": {"lastUpdatedTime": time}}))
+
+    assert record.content.progress_at == expected
+
+
 def test_job_without_status_has_an_empty_one(objects: Any) -> None:
     view = build_job_view(project_job(objects.job()))
 
