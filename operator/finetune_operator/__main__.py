@@ -34,7 +34,8 @@ from finetune_operator.metrics import (
 )
 from finetune_operator.queue import WorkQueue
 from finetune_operator.recorder import Recorder
-from finetune_operator.reports import ReportReceiver, ReportServer
+from finetune_operator.report_server import ReportServer
+from finetune_operator.reports import ReportReceiver
 from finetune_operator.settings import Settings, load_settings, load_trainer_settings
 from finetune_operator.store import Store
 from finetune_operator.throttle import Turns
@@ -92,7 +93,7 @@ class Operator:
             forwarder=self._forwarder,
         )
         self._report_server = ReportServer(
-            receiver,
+            receiver.build_app(),
             address=settings.bind_address,
             port=settings.report_port,
             certificate=settings.tls_certificate_file,

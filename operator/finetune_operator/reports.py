@@ -7,13 +7,11 @@ import asyncio
 import hashlib
 import json
 import logging
-import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from http import HTTPStatus
-from pathlib import Path
 from typing import Protocol
 
 from aiohttp import web
@@ -222,66 +220,6 @@ class ReportReceiver:
         is_temporary = error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
         headers = {"Retry-After": _RETRY_AFTER_SECONDS} if is_temporary else {}
         return web.json_response(status, status=error.status.value, headers=headers)
-
-
-class ReportServer:
-    """Serves the receiver over HTTPS."""
-
-    def __init__(self, receiver: ReportReceiver, *, address: str, port: int, certificate: Path, key: Path) -> None:
-        self._runner = web.AppRunner(receiver.build_app(), access_log=None, shutdown_timeout=1.0)
-        self._address = address
-        self._port = port
-        self._context = build_tls_context(certificate, key)
-
-    @property
-    def port(self) -> int:
-        """Return the port that is listened on."""
-        return int(self._runner.addresses[0][1])
-
-    async def start(self) -> None:
-        """Start to listen."""
-        await self._runner.setup()
-        await web.TCPSite(self._runner, self._address, self._port, ssl_context=self._context).start()
-
-    async def stop(self) -> None:
-        """Close all connections."""
-        await self._runner.cleanup()
-
-
-def build_tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """Return a server context that takes up a renewed certificate with the next connection."""
-    front = current = _load_context(certificate, key)
-    loaded = _stamp(certificate, key)
-
-    def choose(connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:
-        nonlocal current, loaded
-        stamp = _stamp(certificate, key)
-        if stamp != loaded:
-            try:
-                current, loaded = _load_context(certificate, key), stamp
-                logger.info("loaded the renewed certificate %s", certificate)
-            except (OSError, ssl.SSLError) as error:
-                # Half of a pair that is being replaced; the next connection finds the whole.
-                logger.warning("cannot load the renewed certificate %s: %s", certificate, error)
-        connection.context = current
-
-    front.sni_callback = choose
-    return front
-
-
-def _load_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    return context
-
-
-def _stamp(*files: Path) -> tuple[tuple[int, int], ...]:
-    """Return what changes when one of the files does; () when one is missing for a moment."""
-    try:
-        return tuple((found.st_ino, found.st_mtime_ns) for found in (file.stat() for file in files))
-    except OSError:
-        return ()
 
 
 def _read_token(request: web.Request) -> str:

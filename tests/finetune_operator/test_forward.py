@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 from finetune_operator.forward import HEADER, Forwarder
 from finetune_operator.metrics import Metrics
-from finetune_operator.reports import ReportReceiver, ReportServer
+from finetune_operator.report_server import ReportServer
+from finetune_operator.reports import ReportReceiver
 from finetune_operator.store import Store
 from finetune_operator.views import Kind, Reviewed
 from prometheus_client import generate_latest
@@ -87,7 +88,7 @@ async def _serve(objects: Any, *, name: str, ca: Path, certificate: tuple[Path, 
         is_leading=lambda: replica.leads,
         forwarder=forwarder,
     )
-    server = ReportServer(receiver, address="127.0.0.1", port=0, certificate=certificate[0], key=certificate[1])
+    server = ReportServer(receiver.build_app(), address="127.0.0.1", port=0, certificate=certificate[0], key=certificate[1])
     await server.start()
     replica.url = f"https://127.0.0.1:{server.port}"
     yield replica

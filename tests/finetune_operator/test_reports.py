@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 from finetune_operator.errors import ApiError
 from finetune_operator.metrics import Metrics
-from finetune_operator.reports import ReportReceiver, ReportServer
+from finetune_operator.report_server import ReportServer
+from finetune_operator.reports import ReportReceiver
 from finetune_operator.store import Store
 from finetune_operator.views import Key, Kind, Reviewed
 
@@ -107,7 +108,7 @@ async def bench(objects: Any, tls: tuple[Path, Path]) -> AsyncIterator[Bench]:
         monotonic=lambda: now[0],
         body_seconds=0.5,
     )
-    server = ReportServer(receiver, address="127.0.0.1", port=0, certificate=tls[0], key=tls[1])
+    server = ReportServer(receiver.build_app(), address="127.0.0.1", port=0, certificate=tls[0], key=tls[1])
     await server.start()
     context = ssl.create_default_context(cafile=tls[0])
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context, force_close=True)) as session:
@@ -268,7 +269,7 @@ async def test_renewed_certificate_is_served_without_a_restart(
     receiver = ReportReceiver(
         store=Store(), reviewer=bench.reviewer, enqueue=bench.enqueued.append, metrics=Metrics(), clock=lambda: _NOW
     )
-    server = ReportServer(receiver, address="127.0.0.1", port=0, certificate=certificate, key=key)
+    server = ReportServer(receiver.build_app(), address="127.0.0.1", port=0, certificate=certificate, key=key)
     await server.start()
     first = await _fetch_certificate(server.port)
     key.write_bytes(b"half of a pair")
