@@ -15,13 +15,14 @@ from bench.scale.cluster import run_world
 from bench.scale.failures import measure_failures
 from bench.scale.figures import Figure, Runs, find_exceeded, format_table, record
 from bench.scale.operators import run_operator
+from bench.scale.requests import measure_requests, take_samples
 from bench.scale.rest import measure_rest, measure_restart
 from bench.scale.upgrade import measure_upgrade
 
 RANGE = ROOT / "bench" / "scale-range.yaml"
-PARTS = ("burst", "rest", "failures", "upgrade")
-_QUICK = {"burst": 50, "rest": 50, "failures": 20, "upgrade": 20}
-_FULL = {"burst": 1000, "rest": 10_000, "failures": 1000, "upgrade": 200}
+PARTS = ("burst", "rest", "failures", "upgrade", "requests")
+_QUICK = {"burst": 50, "rest": 50, "failures": 20, "upgrade": 20, "requests": 20}
+_FULL = {"burst": 1000, "rest": 10_000, "failures": 1000, "upgrade": 200, "requests": 300}
 _HEADER = "# Measured values of earlier runs; a gate is their mean times 1.2. Written by `python -m bench.scale --record`.\n"
 
 Part = tuple[str, list[Figure]]
@@ -49,6 +50,12 @@ def run_part(part: str, *, count: int, arguments: argparse.Namespace) -> Iterato
     with run_world(run_seconds=arguments.run_seconds, with_crds=part != "upgrade") as world:
         if part == "upgrade":
             yield f"upgrade with {count} running jobs", measure_upgrade(world, running=count, start=arguments.start)
+            return
+        if part == "requests":
+            with run_operator(world.kubeconfig, world.folder) as operator:
+                job, status = take_samples(world, operator)
+            figures = measure_requests(world, count=count, job=job, status=status)
+            yield f"CPU of the control plane for each of {count} requests", figures
             return
         with run_operator(world.kubeconfig, world.folder) as operator:
             if part == "failures":
