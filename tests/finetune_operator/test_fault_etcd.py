@@ -3,6 +3,7 @@
 The control plane is the module's own, as all others that use it are harmed as well.
 """
 
+import contextlib
 import re
 import signal
 import time
@@ -16,8 +17,9 @@ import pytest
 from etcd import Etcd
 from fault_life import LIFE, PUBLISHED, Keeper, await_state, live, run_attempt
 from fault_proxy import WRITES, Answer, Fault, FaultProxy, Match
-from harness import Operator, Team, post_progress, wait_until
+from harness import Operator, Team, grant_rights, post_progress, wait_until, write_kubeconfig
 from plane import Plane
+from replicas import Replicas, seed_lease
 
 pytestmark = pytest.mark.apiserver
 
@@ -122,9 +124,11 @@ def _run_first(team: Team, *names: str) -> dict[str, Any]:
 
 def _change_much(team: Team, pods: dict[str, Any]) -> None:
     team.end_pod(pods["fails"], 1, message="Traceback: no")
-    team.api.delete(team.path("jobs", pods["loses"]["metadata"]["labels"]["job-name"]))
     for name in ("goes", "again"):
         team.api.delete(team.path("finetunejobs", name))
+    # The garbage collector needs half a minute to hear of a new kind of owners.
+    for name in ("goes", "again", "loses"):
+        team.api.delete(team.path("jobs", pods[name]["metadata"]["labels"]["job-name"]))
     wait_until(lambda: {"stays", "fails"} == {_owner(each) for each in team.children()}, what="the Jobs are gone")
     wait_until(lambda: {"stays", "fails"} == {_owner(each) for each in team.pods()}, what="the pods are gone")
     team.apply("again")
@@ -300,8 +304,47 @@ def _go_on(team: Team, pods: dict[str, Any]) -> None:
     team.apply("suspended", suspend=True)
     await_state(team, "Suspended", "suspended")
     team.api.delete(team.path("finetunejobs", "deleted"))
+    team.api.delete(team.path("jobs", pods["deleted"]["metadata"]["labels"]["job-name"]))
     wait_until(lambda: "deleted" not in {_owner(each) for each in team.children()}, what="its Job is gone")
     _run_first(team, "vanishes")
+
+
+@pytest.mark.faults
+def test_only_the_leader_begins_anew_while_etcd_hangs(
+    team: Team, plane: Plane, created: Any, tls: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It must not write when its Lease may be another's; the start of a process waits for the API server."""
+    names = [f"starts-{number}" for number in range(5)]
+    grant_rights(team)
+    write_kubeconfig(team, tmp_path / "kubeconfig")
+    replicas = Replicas(team, tls=tls, folder=tmp_path, lease=("15", "10", "2"))
+    seed_lease(team)
+    with FaultProxy(team.api, folder=tmp_path) as proxy, contextlib.ExitStack() as stack:
+        proxy.route(tmp_path / "kubeconfig")
+        stack.callback(replicas.stop)
+        keepers = [stack.enter_context(Keeper(each)) for each in replicas.operators]
+        for operator in replicas.operators:
+            operator.wait_until_ready()
+        leader = replicas.operators.index(replicas.find_leader())
+        pod = _run_first(team, "runs")["runs"]
+        for name in names:
+            team.apply(name)
+        with plane.freeze("etcd"):
+            before = len(proxy.requests)
+            time.sleep(60)
+            rate = (len(proxy.requests) - before) / 60
+        since = time.monotonic()
+        for name in names:
+            run_attempt(team, 1, name)
+        team.end_pod(pod, message=PUBLISHED)
+        await_state(team, "Complete", "runs")
+        took = time.monotonic() - since
+
+    print(f"{rate:.1f} requests/s, all is caught up after {took:.1f} s")
+    assert [[1] if number == leader else [] for number in range(2)] == [keeper.exits for keeper in keepers]
+    assert Counter({"runs-1": 1} | {f"{name}-1": 1 for name in names}) == _name(created(team))
+    assert rate <= 10
+    assert took <= 30
 
 
 def _report(team: Team, operator: Operator, name: str, *, token: str, ca: Path, percentage: int = 40) -> bool:
