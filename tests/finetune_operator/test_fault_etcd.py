@@ -126,9 +126,8 @@ def _change_much(team: Team, pods: dict[str, Any]) -> None:
     team.end_pod(pods["fails"], 1, message="Traceback: no")
     for name in ("goes", "again"):
         team.api.delete(team.path("finetunejobs", name))
-    # The garbage collector needs half a minute to hear of a new kind of owners.
     for name in ("goes", "again", "loses"):
-        team.api.delete(team.path("jobs", pods[name]["metadata"]["labels"]["job-name"]))
+        _remove_job(team, pods[name])
     wait_until(lambda: {"stays", "fails"} == {_owner(each) for each in team.children()}, what="the Jobs are gone")
     wait_until(lambda: {"stays", "fails"} == {_owner(each) for each in team.pods()}, what="the pods are gone")
     team.apply("again")
@@ -304,7 +303,7 @@ def _go_on(team: Team, pods: dict[str, Any]) -> None:
     team.apply("suspended", suspend=True)
     await_state(team, "Suspended", "suspended")
     team.api.delete(team.path("finetunejobs", "deleted"))
-    team.api.delete(team.path("jobs", pods["deleted"]["metadata"]["labels"]["job-name"]))
+    _remove_job(team, pods["deleted"])
     wait_until(lambda: "deleted" not in {_owner(each) for each in team.children()}, what="its Job is gone")
     _run_first(team, "vanishes")
 
@@ -351,6 +350,13 @@ def _report(team: Team, operator: Operator, name: str, *, token: str, ca: Path, 
     """Report progress as a trainer does, and return whether that was accepted."""
     url = f"{operator.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/{name}/status"
     return post_progress(url, token=token, ca=ca, percentage=percentage)[0] == 200
+
+
+def _remove_job(team: Team, pod: dict[str, Any]) -> None:
+    """Delete the Job of a pod, as the garbage collector may not yet: it needs half a minute to hear of a new kind of owners."""
+    path = team.path("jobs", pod["metadata"]["labels"]["job-name"])
+    status, _ = team.api.request("DELETE", path, {"propagationPolicy": "Background"})
+    assert status in (200, 404)
 
 
 def _progress(team: Team, name: str) -> int | None:
