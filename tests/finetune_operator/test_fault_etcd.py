@@ -269,10 +269,11 @@ def test_operator_begins_anew_when_etcd_is_restored(
         uids = {name: _uid(team, name) for name in pods}
         backup = plane.back_up(tmp_path)
         _go_on(team, pods)
-        num_requests, num_created = len(requests()), len(created(team))
+        num_requests, num_created, version = len(requests()), len(created(team)), _version(team)
         since = time.monotonic()
         plane.restore(backup, is_revision_bumped=is_bumped)
         serves = time.monotonic()
+        assert is_bumped == (_version(team) > version)
         wait_until(lambda: _count_jobs(audited) == {"Running": 5}, what="it knows what there is", seconds=_SECONDS)
         seconds = time.monotonic() - serves
         assert uids == {name: _uid(team, name) for name in pods}
@@ -362,6 +363,10 @@ def _remove_job(team: Team, pod: dict[str, Any]) -> None:
 def _progress(team: Team, name: str) -> int | None:
     value: int | None = team.status(name).get("trainerStatus", {}).get("progressPercentage")
     return value
+
+
+def _version(team: Team) -> int:
+    return int(team.api.get(team.path("jobs"))["metadata"]["resourceVersion"])
 
 
 def _uid(team: Team, name: str) -> str:
