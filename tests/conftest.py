@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,10 +122,26 @@ class Api:
         return answer
 
 
+Run = Callable[[str], AbstractContextManager[Path]]
+Open = Callable[[Path], AbstractContextManager[Api]]
+
+
 @pytest.fixture(scope="session")
-def control_plane() -> Iterator[Path]:
-    """Start a control plane without a node; the value is the path of its kubeconfig, beside which its audit.log lies."""
-    name = f"test-{os.getpid()}"
+def control_plane(run_control_plane: Run) -> Iterator[Path]:
+    """A control plane without a node; the value is the path of its kubeconfig, beside which its audit.log lies."""
+    with run_control_plane("test") as kubeconfig:
+        yield kubeconfig
+
+
+@pytest.fixture(scope="session")
+def run_control_plane() -> Run:
+    """Start a control plane of a name, and end it. Modules that harm theirs have one of their own."""
+    return _run_control_plane
+
+
+@contextlib.contextmanager
+def _run_control_plane(prefix: str) -> Iterator[Path]:
+    name = f"{prefix}-{os.getpid()}"
     command = [sys.executable, str(ROOT / "hack" / "cluster")]
     try:
         subprocess.run([*command, "up", "--name", name, "--mode", "control-plane"], check=True, cwd=ROOT)
@@ -135,8 +152,20 @@ def control_plane() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def api(control_plane: Path) -> Iterator[Api]:
+def api(control_plane: Path, open_api: Open) -> Iterator[Api]:
     """The API server of the control plane, which knows FineTuneJobs and FineTuneProfiles."""
+    with open_api(control_plane) as api:
+        yield api
+
+
+@pytest.fixture(scope="session")
+def open_api() -> Open:
+    """Make an API server know our custom resources, and gather the statuses that it shows."""
+    return _open_api
+
+
+@contextlib.contextmanager
+def _open_api(control_plane: Path) -> Iterator[Api]:
     api = Api(control_plane)
     for crd in build_crds():
         _establish(api, crd)

@@ -16,7 +16,7 @@ from finetune_operator import handlers
 from finetune_operator.audit import Auditor
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.controller import Controller
-from finetune_operator.errors import DeafWatchError, LeadershipLostError, OperatorError, StartError
+from finetune_operator.errors import DeafWatchError, LeadershipLostError, OperatorError, RewoundError, StartError
 from finetune_operator.forward import Forwarder
 from finetune_operator.health import Health, HealthServer
 from finetune_operator.leadership import Leadership
@@ -180,9 +180,12 @@ class Operator:
         await self._leadership.begun.wait()
         for key in self._store.list_keys():
             self._queue.add(key)
-        async with asyncio.TaskGroup() as group:
-            for number in range(self._settings.workers):
-                group.create_task(self._controller.run_worker(), name=f"worker {number}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(self._settings.workers):
+                    group.create_task(self._controller.run_worker(), name=f"worker {number}")
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def _finish(self) -> None:
         """End the work in flight and close the connections; what is left undone is found again at the next start."""
@@ -255,7 +258,7 @@ def main() -> int:
     try:
         asyncio.run(run(settings))
     except (OperatorError, OSError) as error:
-        is_expected = isinstance(error, StartError | DeafWatchError | LeadershipLostError)
+        is_expected = isinstance(error, StartError | DeafWatchError | RewoundError | LeadershipLostError)
         logger.error("%s", error, exc_info=not is_expected)  # noqa: TRY400
         return 1
     logger.info("stopped")

@@ -1,7 +1,8 @@
 """Compare what was seen with what the API server has, at the start and from time to time.
 
 Watches lose deletions when they have to list anew, and a watch can end without a word. The audit finds both: it purges what is
-gone, and when a change does not arrive for long, it ends the process, as a fresh start is the one sure repair.
+gone, and when a change does not arrive for long, it ends the process, as a fresh start is the one sure repair. So it does when
+the API server has gone back to an earlier state, whose objects the store would take for outdated.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-from finetune_operator.errors import ApiError, DeafWatchError
+from finetune_operator.errors import ApiError, DeafWatchError, RewoundError
 from finetune_operator.metrics import AUDIT_LAGGING, AUDIT_PURGES, AUDITS_DONE, Metrics
 from finetune_operator.store import Store
 from finetune_operator.views import Key, Kind, Listing
@@ -69,6 +70,7 @@ class Auditor:
         """Wait until the store holds everything that the API server has.
 
         Before that, a missing child would be taken for one that was never created, and each restart would apply it again.
+        Raises RewoundError when the API server has less than was seen.
         """
         while True:
             try:
@@ -84,7 +86,7 @@ class Auditor:
             logger.info("waiting for %d objects to be seen", len(missing))
 
     async def run(self) -> None:
-        """Audit for ever. Raises DeafWatchError when a change does not arrive."""
+        """Audit for ever. Raises DeafWatchError when a change does not arrive, and RewoundError when one is undone."""
         while True:
             # Spread, so that many operators do not list at the same time.
             await self._sleep(self._interval_seconds * random.uniform(0.8, 1.2))  # noqa: S311
@@ -111,10 +113,20 @@ class Auditor:
             self._enqueue(key)
 
     async def _list(self) -> dict[Kind, list[Listing]]:
-        return {
-            kind: [await self._lister.list_versions(kind, namespace=each) for each in kind.list_scopes(self._namespaces)]
-            for kind in Kind
-        }
+        return {kind: await self._list_kind(kind) for kind in Kind}
+
+    async def _list_kind(self, kind: Kind) -> list[Listing]:
+        """List what exists of a kind, which is never older than what was seen before the question."""
+        seen, deleted = self._store.versions(kind), self._store.deletions()
+        newest = max(seen.values(), default=0)
+        listings = [await self._lister.list_versions(kind, namespace=each) for each in kind.list_scopes(self._namespaces)]
+        for listing in listings:
+            found = listing.objects.items()
+            num_undone = sum(version < max(seen.get(uid, 0), deleted.get(uid, 0)) for uid, (_, version) in found)
+            if num_undone or listing.version < newest:
+                self._metrics.count(AUDITS_DONE, result="rewound")
+                raise RewoundError(f"{num_undone} of the {kind.value}" if num_undone else f"the {kind.value}")
+        return listings
 
     def _purge(self, kind: Kind, listings: list[Listing]) -> int:
         """Remove what the API server no longer has, and return how much that was."""

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlencode
@@ -93,8 +94,16 @@ class Cluster:
             request.headers.update(await self._build_headers())
             return await handler(request)
 
+        async def begin_anew(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+            response = await handler(request)
+            if response.status == HTTPStatus.GONE and "continue" in request.url.query:
+                response.close()
+                # The rest of the list has expired. kopf ends for that answer, and lists anew after one that was cut off.
+                raise aiohttp.ClientPayloadError(f"{request.url.path}: the list has expired; listing anew")
+            return response
+
         connector = aiohttp.TCPConnector(limit=0, ssl=self._api.rest_client.ssl_context, socket_factory=_open_socket)
-        return aiohttp.ClientSession(connector=connector, middlewares=(authorize,))
+        return aiohttp.ClientSession(connector=connector, middlewares=(authorize, begin_anew))
 
     async def reload(self) -> None:
         """Load the credentials again, after the API server refused them."""
@@ -316,7 +325,10 @@ class Answer:
 
 
 async def check_custom_resources(cluster: Cluster, *, namespaces: tuple[str, ...]) -> None:
-    """Raise StartError unless the API server knows our custom resources and lets us list them."""
+    """Raise StartError if the API server does not know our custom resources, or does not let us list them.
+
+    One that has an outage is waited for by all that comes after; a process that ended would be started again ever later.
+    """
     for kind in (each for each in Kind if each.is_ours):
         crd = f"{kind.value}.{names.GROUP}"
         try:
@@ -327,6 +339,9 @@ async def check_custom_resources(cluster: Cluster, *, namespaces: tuple[str, ...
             raise StartError(f"the operator may not list {crd}; the Helm chart has the roles for it: {error}") from error
         except UnauthorizedError as error:
             raise StartError(f"the API server at {cluster.server} does not accept the credentials: {error}") from error
+        except ApiError as error:
+            logger.warning("cannot look for %s: %s", crd, error)
+            return
 
 
 async def _load_configuration(settings: ClientSettings) -> Configuration:

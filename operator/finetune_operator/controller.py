@@ -9,7 +9,7 @@ from typing import Protocol
 
 from finetune_api.v1alpha1 import FineTuneJobStatus
 
-from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError
+from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError, RewoundError
 from finetune_operator.measures import measure
 from finetune_operator.metrics import RECONCILE_SECONDS, RECONCILES, Metrics
 from finetune_operator.observed import ChildView, JobView, Observed, PodRefusal
@@ -89,11 +89,14 @@ class Controller:
                 self._queue.done(key)
 
     async def process(self, key: Key) -> None:
-        """Reconcile one key. Whatever goes wrong is counted, logged and tried again later; it never fails a job."""
+        """Reconcile one key. Whatever goes wrong is counted, logged and tried again later; it never fails a job.
+
+        Raises RewoundError alone: what was seen has become wrong, and each try would end as this one.
+        """
         started_at = time.monotonic()
         try:
             result = await self._reconcile(key)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, RewoundError):
             raise
         except ApiError as error:
             result = "error"
@@ -167,7 +170,7 @@ class Controller:
     async def _exists(self, key: Key) -> bool:
         """Ask the API server for a child Job, and bring the store up to date with the answer."""
         try:
-            self._store.observe(Kind.JOB, await self._cluster.get(Kind.JOB, key))
+            await self._look(Kind.JOB, key)
         except NotFoundError:
             found = self._store.children.find(key)
             self._store.purge(Kind.JOB, () if found is None else (found.uid,))
@@ -216,9 +219,18 @@ class Controller:
 
     async def _refresh(self, job: JobView) -> None:
         try:
-            self._store.observe(Kind.FINETUNEJOB, await self._cluster.get(Kind.FINETUNEJOB, job.key))
+            await self._look(Kind.FINETUNEJOB, job.key)
         except NotFoundError:
             self._store.purge(Kind.FINETUNEJOB, (job.uid,))
+
+    async def _look(self, kind: Kind, key: Key) -> None:
+        """Bring the store up to date with the API server, which never has less than was seen before it is asked."""
+        seen = self._store.find(kind, key)
+        raw = await self._cluster.get(kind, key)
+        metadata = raw["metadata"]
+        if seen is not None and seen.uid == metadata["uid"] and int(metadata["resourceVersion"]) < seen.version:
+            raise RewoundError(f"{kind.value} {'/'.join(key)}")
+        self._store.observe(kind, raw)
 
     async def _report_refusal(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ApiError) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""

@@ -3,6 +3,7 @@
 OperatorError
     StartError          the operator cannot start: the message says what to do
     DeafWatchError      a watch misses changes that the API server has: the process must begin anew
+    RewoundError        the API server has gone back to an earlier state: the process must begin anew
     LeadershipLostError another process leads, or may soon: this one must begin anew as a standby
     ApiError            the API server answered with an error, or not at all
         NotFoundError       404
@@ -23,6 +24,16 @@ class StartError(OperatorError):
 
 class DeafWatchError(OperatorError):
     """A watch does not show what the API server has."""
+
+
+class RewoundError(OperatorError):
+    """The API server has gone back to an earlier state than was seen, as after a restore of etcd from a backup.
+
+    Nothing that was seen counts any more, and its watches bring nothing until the resourceVersions have caught up.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the API server shows {what} as of before what was seen, as after a restore; starting anew")
 
 
 class LeadershipLostError(OperatorError):

@@ -40,7 +40,7 @@ REPORTS = (
     "error",
 )
 EVENTS = ("created", "repeated", "limited", "dropped", "error")
-AUDITS = ("clean", "repaired", "deaf", "error")
+AUDITS = ("clean", "repaired", "deaf", "rewound", "error")
 ENDS = ("Complete", "Failed")
 CAUSES = ("disruption", "oom", "error", "stop")
 # Reasons of failed attempts; any other is a problem that kept one from starting, or comes from a trainer that is not ours.

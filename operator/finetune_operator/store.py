@@ -165,6 +165,14 @@ class Store:
         """Return the resourceVersion of every object of a kind by its uid."""
         return {record.uid: record.version for record in self._tables[kind]}
 
+    def find(self, kind: Kind, key: Key) -> Record[Any] | None:
+        """Return the record of an object, or None."""
+        return self._tables[kind].find(key)
+
+    def deletions(self) -> dict[str, int]:
+        """Return the resourceVersion from which on an object was gone, of the latest deletions that were seen, by its uid."""
+        return dict(self._tombstones)
+
     def knows(self, kind: Kind, key: Key, *, uid: str, version: int) -> bool:
         """Return whether an object was seen at this resourceVersion or later, its deletion included."""
         record = self._tables[kind].find(key)

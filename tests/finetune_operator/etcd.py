@@ -27,9 +27,18 @@ class Etcd:
 
     def compact(self) -> int:
         """Forget all history, and return the revision from which on it is kept."""
-        revision = int(self._call("kv/range", {"key": _encode("/")})["header"]["revision"])
+        revision = self.read_revision()
         self._call("kv/compaction", {"revision": str(revision), "physical": True})
         return revision
+
+    def read_revision(self) -> int:
+        """Return the revision of the latest change."""
+        return int(self._call("kv/range", {"key": _encode("/")})["header"]["revision"])
+
+    def age(self, revisions: int) -> None:
+        """Have many revisions go by, in which nothing happens that concerns an API server."""
+        for number in range(revisions):
+            self._call("kv/put", {"key": _encode("/age"), "value": _encode(str(number))})
 
     def _call(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(f"{self._url}/{path}", json.dumps(body).encode())

@@ -61,6 +61,8 @@ class Match:
     verb: str | frozenset[str] | None = None
     resource: str | None = None
     name: str | None = None
+    query: str = ""
+    """What the query has somewhere in it, as in `continue=`."""
 
     def fits(self, request: Request) -> bool:
         verbs = frozenset({self.verb}) if isinstance(self.verb, str) else self.verb
@@ -68,6 +70,7 @@ class Match:
             (verbs is None or request.verb in verbs)
             and self.resource in (None, request.resource)
             and (self.name is None or request.name.startswith(self.name))
+            and self.query in request.query
         )
 
 
@@ -175,7 +178,11 @@ class FaultProxy:
         self._is_frozen: Match | None = None
         self._pinned: int | None = None
         self.hold_bookmarks = False
+        self.chunk: int | None = None
+        """How long the parts of lists are, in place of what the operator asks for."""
         self.requests: list[Request] = []
+        self.ended: list[tuple[str, int]] = []
+        """The resource and the code of each watch that the API server has ended with an error."""
         self.port = 0
 
     def __enter__(self) -> "FaultProxy":
@@ -338,6 +345,8 @@ class FaultProxy:
     async def _filter(self, request: Request, lines: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         async for line in lines:
             event = json.loads(line)
+            if event["type"] == "ERROR":
+                self.ended.append((request.resource, event["object"]["code"]))
             while self._holds(request, event):  # noqa: ASYNC110  the thread that ends it has no asyncio.Event
                 await asyncio.sleep(0.02)
             if self.hold_bookmarks and event["type"] == "BOOKMARK":
@@ -354,6 +363,8 @@ class FaultProxy:
         return self._pinned is not None and int(version) > self._pinned
 
     def _address(self, raw: web.BaseRequest, request: Request) -> str:
+        if request.verb == "list" and self.chunk is not None:
+            return self._upstream + re.sub(r"([?&]limit)=\d+", rf"\1={self.chunk}", raw.path_qs)
         if self._pinned is None or request.verb != "list" or "continue=" in raw.query_string:
             return self._upstream + raw.path_qs
         separator = "&" if raw.query_string else "?"

@@ -358,9 +358,9 @@ def write_certificate(folder: Path, *, name: str) -> tuple[Path, Path]:
     return certificate_file, key_file
 
 
-def post_progress(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
+def post_progress(url: str, *, token: str, ca: Path, percentage: int = 40) -> tuple[int, Any]:
     """Report progress as a trainer does, and return status and body of the answer."""
-    body = json.dumps({"trainerStatus": {"progressPercentage": 40, "estimatedRemainingSeconds": 30}}).encode()
+    body = json.dumps({"trainerStatus": {"progressPercentage": percentage, "estimatedRemainingSeconds": 30}}).encode()
     request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_operator.audit import Auditor
-from finetune_operator.errors import ApiError, DeafWatchError
+from finetune_operator.errors import ApiError, DeafWatchError, RewoundError
 from finetune_operator.metrics import Metrics
 from finetune_operator.store import Store
 from finetune_operator.views import Key, Kind, Listing
@@ -26,6 +26,8 @@ class Bench:
     now: float = 0.0
     later: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
     namespaces: tuple[str, ...] = ()
+    meanwhile: dict[Kind, list[Callable[[], object]]] = field(default_factory=dict)
+    """Happens while a kind is listed."""
     listed: list[tuple[Kind, str | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class Bench:
     async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
         assert namespace in kind.list_scopes(self.namespaces)
         self.listed.append((kind, namespace))
+        for happen in self.meanwhile.pop(kind, ()):
+            happen()
         if self.failures:
             raise self.failures.pop()
         metadata = [raw["metadata"] for raw in self.truth[kind]]
@@ -94,10 +98,59 @@ async def test_missed_deletion_is_made_up_for(bench: Bench, objects: Any) -> Non
 
 
 async def test_object_that_is_newer_than_the_list_stays(bench: Bench, objects: Any) -> None:
-    bench.store.observe(Kind.JOB, objects.child(version=101))
+    bench.meanwhile[Kind.JOB] = [lambda: bench.store.observe(Kind.JOB, objects.child(version=101))]
     await bench.auditor.audit()
 
     assert len(bench.store.children) == 1
+
+
+def _change(bench: Bench, objects: Any) -> None:
+    """See an object change, and then go back."""
+    bench.has(objects.job(version=90))
+    bench.store.observe(Kind.FINETUNEJOB, objects.job(version=95))
+
+
+def _delete(bench: Bench, objects: Any) -> None:
+    """See an object go, and then come back."""
+    raw = bench.has(objects.job(version=90))
+    bench.store.observe(Kind.FINETUNEJOB, raw | objects.job(version=95), is_deleted=True)
+
+
+def _create(bench: Bench, objects: Any) -> None:
+    """See an object come, and then vanish."""
+    bench.store.observe(Kind.FINETUNEJOB, objects.job(version=101))
+
+
+@pytest.mark.parametrize(
+    ("undone", "message"),
+    [
+        pytest.param(_change, "1 of the finetunejobs", id="change"),
+        pytest.param(_delete, "1 of the finetunejobs", id="deletion"),
+        pytest.param(_create, "the finetunejobs", id="creation"),
+    ],
+)
+async def test_history_that_went_back_ends_the_process(
+    bench: Bench, objects: Any, undone: Callable[[Bench, Any], None], message: str
+) -> None:
+    """The store would take what is older than it knows for outdated, for ever."""
+    undone(bench, objects)
+
+    with pytest.raises(RewoundError, match=f"shows {message} as of before"):
+        await bench.auditor.audit()
+    assert bench.audits() == ["rewound"]
+    assert bench.enqueued == []
+
+
+async def test_change_that_arrives_while_it_is_listed_undoes_nothing(bench: Bench, objects: Any) -> None:
+    bench.has(objects.job("changes", version=90))
+    bench.has(objects.job("goes", version=90))
+    bench.meanwhile[Kind.FINETUNEJOB] = [
+        lambda: bench.store.observe(Kind.FINETUNEJOB, objects.job("changes", version=95)),
+        lambda: bench.store.observe(Kind.FINETUNEJOB, objects.job("goes", version=96), is_deleted=True),
+    ]
+    await bench.auditor.audit()
+
+    assert bench.audits() == ["clean"]
 
 
 @pytest.mark.parametrize("seen", [pytest.param(4, id="older version"), pytest.param(None, id="never seen")])

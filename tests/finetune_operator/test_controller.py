@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_api.v1alpha1 import FineTuneJobStatus
 from finetune_operator.controller import Controller
-from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError, build_api_error
+from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError, RewoundError, build_api_error
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote
@@ -257,6 +257,16 @@ async def test_error_of_the_api_server_is_tried_again_with_backoff(bench: Bench,
 
     assert bench.state == "Pending"
     assert bench.results()["error"] == 3
+
+
+async def test_object_that_is_older_than_what_was_seen_ends_the_process(bench: Bench) -> None:
+    """After a restore each write conflicts, and what is read then is outdated: it would be tried at once and for ever."""
+    before = bench.show(bench.objects.job())
+    bench.show(bench.objects.job(generation=2))
+    bench.cluster.objects[Kind.FINETUNEJOB, _KEY] = before
+
+    with pytest.raises(RewoundError, match="finetunejobs team/emoji"):
+        await bench.wake()
 
 
 async def test_mistake_of_our_own_fails_no_job_and_stops_no_other(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,13 @@ def test_newest_pod_of_an_index_counts() -> None:
     assert Gang(pods=(old,), gone=frozenset({"old"})) == build_gang(Observed(former_pods=(old,)), run=old.run, attempt=1)
 
 
+def test_pod_that_was_created_twice_is_the_one_that_is_left() -> None:
+    kept = build_pod(uid="kept", created_at=_at(0), **_RUNS)
+    surplus = build_pod(uid="surplus", created_at=_at(9), phase="Pending")
+
+    assert Gang(pods=(kept,)) == build_gang(Observed(pods=(kept,), former_pods=(surplus,)), run=kept.run, attempt=1)
+
+
 def _gang(nodes: int = 3, **spec: Any) -> World:
     return World(spec=SPEC | {"nodes": nodes} | spec).settle()
 

@@ -1,11 +1,13 @@
 """How requests are repeated: against a server that answers what the test wants."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
 from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
 from finetune_operator.errors import ApiError, NotFoundError, NotLeaderError, RefusedError, StartError, UnauthorizedError
 from finetune_operator.gate import WriteGate
@@ -205,6 +207,31 @@ async def test_start_tells_which_resource_is_missing(
 
     with pytest.raises(StartError, match=message):
         await check_custom_resources(cluster, namespaces=("team",))
+
+
+async def test_start_waits_for_a_server_that_has_an_outage(cluster: Cluster, server: Server) -> None:
+    server.answers = [(503, {}, "etcd is away")]
+    await check_custom_resources(cluster, namespaces=())
+
+    assert 1 == len(server.paths)
+
+
+@pytest.mark.parametrize(
+    ("query", "expectation"),
+    [
+        pytest.param("limit=500&continue=token", pytest.raises(ClientPayloadError, match="listing anew"), id="rest of a list"),
+        pytest.param("limit=500", contextlib.nullcontext(), id="other"),
+    ],
+)
+async def test_list_whose_rest_has_expired_looks_cut_off_to_kopf(
+    cluster: Cluster, server: Server, query: str, expectation: AbstractContextManager[object]
+) -> None:
+    """It ends for the answer that it is, and lists anew after an error of the payload."""
+    server.answers = [(410, {}, '{"reason": "Expired"}')]
+    async with await cluster.open_watch_session() as session:
+        with expectation:
+            async with session.get(f"{cluster.server}/api/v1/pods?{query}") as answer:
+                assert 410 == answer.status
 
 
 async def test_start_looks_for_profiles_in_the_whole_cluster(cluster: Cluster, server: Server) -> None:

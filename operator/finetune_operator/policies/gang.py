@@ -64,14 +64,19 @@ class Gang:
 
 
 def build_gang(observed: Observed, *, run: str, attempt: int) -> Gang:
-    """Return the pods of an attempt. Of several of one index, the newest counts, and one that ended before one that is there."""
+    """Return the pods of an attempt. Of several of one index, the newest counts, and one that ended before one that is there.
+
+    One that is gone and showed no end counts least: when answers of the API server are lost, the Job controller creates a pod
+    twice, and removes the newer one.
+    """
     by_index: dict[int, tuple[object, ...]] = {}
     gone = {pod.uid for pod in observed.former_pods}
     chosen: dict[int, PodView] = {}
     for pod in (*observed.former_pods, *observed.pods):
         if (pod.run, pod.attempt) != (run, attempt):
             continue
-        rank = (pod.created_at or _FIRST, pod.exit_code is not None, pod.uid not in gone, not pod.deleting, pod.name)
+        is_lost = pod.uid in gone and not pod.is_ended
+        rank = (not is_lost, pod.created_at or _FIRST, pod.exit_code is not None, pod.uid not in gone, not pod.deleting, pod.name)
         if pod.index not in chosen or rank > by_index[pod.index]:
             by_index[pod.index], chosen[pod.index] = rank, pod
     pods = tuple(chosen[index] for index in sorted(chosen))
