@@ -90,6 +90,8 @@ def render(kind: str, *settings: str) -> dict[str, Any]:
     enabled = ("metrics.podMonitor.enabled=true", "metrics.serviceMonitor.enabled=true")
     flags = [word for setting in (*enabled, *settings) for word in ("--set", setting)]
     chart = str(cluster_client.ROOT / "charts" / "finetune-operator")
+    # helm's own default is a version of its own.
+    flags += ["--namespace", cluster_client.OPERATOR_NAMESPACE, "--kube-version", "1.34.0"]
     command = [cluster_client.program("helm"), "template", "finetune-operator", chart, *flags]
     rendered = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(next(each["spec"] for each in yaml.safe_load_all(rendered.stdout) if each and each["kind"] == kind))
