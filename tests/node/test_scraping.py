@@ -12,6 +12,7 @@ from typing import Any
 import cluster_client
 import pytest
 import yaml
+from harness import wait_until
 from prometheus_server import Prometheus, list_queries
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -54,28 +55,30 @@ def prometheus(training: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     server.stop()
 
 
-def test_every_query_of_the_trainers_row_has_a_value_during_training(prometheus: Prometheus, until: Any) -> None:
+def test_every_query_of_the_trainers_row_has_a_value_during_training(prometheus: Prometheus) -> None:
     queries = [query for query in list_queries("Trainers") if "device_memory" not in query]
     assert len(queries) > 6
 
     for query in queries:
-        until(lambda query=query: has_values(prometheus, query), what=query, timeout_seconds=60)
-    until(lambda: has_values(prometheus, 'finetune_trainer_phase{phase="fine-tuning",job="trainers"} == 1'), what="its phase")
+        wait_until(lambda query=query: has_values(prometheus, query), what=query)
+    wait_until(
+        lambda: has_values(prometheus, 'finetune_trainer_phase{phase="fine-tuning",job="trainers"} == 1'), what="its phase"
+    )
 
 
-def test_the_operator_is_scraped_at_the_port_of_its_service(prometheus: Prometheus, until: Any) -> None:
-    until(lambda: has_values(prometheus, 'up{job="operator"} == 1'), what="a scrape")
+def test_the_operator_is_scraped_at_the_port_of_its_service(prometheus: Prometheus) -> None:
+    wait_until(lambda: has_values(prometheus, 'up{job="operator"} == 1'), what="a scrape")
 
     (leaders,) = prometheus.query("sum by (namespace) (finetune_leader)")
     assert (cluster_client.OPERATOR_NAMESPACE, "1") == (leaders["metric"]["namespace"], leaders["value"][1])
     assert has_values(prometheus, 'finetune_jobs{state="Running"} >= 1')
 
 
-def test_names_of_jobs_are_labels_only_when_asked_for(prometheus: Prometheus, team: Any, until: Any) -> None:
+def test_names_of_jobs_are_labels_only_when_asked_for(prometheus: Prometheus, team: Any) -> None:
     named = f'finetune_trainer_steps_total{{finetunejob="{_NAME}",attempt="1",namespace="{team.name}",pod=~"{_NAME}-.+"}}'
     plain = 'finetune_trainer_steps_total{job="trainers"}'
     for expression in (named, plain):
-        until(lambda expression=expression: has_values(prometheus, expression), what=expression)
+        wait_until(lambda expression=expression: has_values(prometheus, expression), what=expression)
 
     assert all(each["metric"].keys() == {"__name__", "instance", "job", "namespace"} for each in prometheus.query(plain))
 
