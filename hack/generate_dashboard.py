@@ -180,6 +180,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Operator": (
         Panel(
+            title="Leaders",
+            description="Replicas that may write: one, but for the seconds of a change.",
+            queries=(("sum(finetune_leader)", "leaders"),),
+            kind="stat",
+            width=4,
+        ),
+        Panel(
             title="Synced",
             description="Whether the operator has seen all objects (1).",
             queries=(("max(finetune_synced)", "synced"),),
@@ -198,6 +205,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             description="Time since what was seen was last compared with the API server, and the interval that is set.",
             queries=(("max(finetune_audit_age_seconds)", "age"), ("max(finetune_audit_interval_seconds)", "interval")),
             unit="s",
+            width=12,
         ),
         Panel(
             title="Audits",
@@ -252,6 +260,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             title="CPU",
             description="Cores that the operator uses.",
             queries=(("sum(rate(finetune_process_cpu_seconds_total[$__rate_interval]))", "cores"),),
+        ),
+        Panel(
+            title="Changes of the leader",
+            description="Since the Lease was created, by its own count.",
+            queries=(("max(finetune_leader_transitions)", "changes"),),
         ),
     ),
     "Trainers": (

@@ -151,14 +151,20 @@ def _follow(context: Context, current: ChildView) -> Step:
 
 def _run(context: Context, current: ChildView, *, gang: Gang) -> Step:
     """Show the progress of running trainers."""
-    trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
-    metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
+    context = _show_progress(context, current)
     pod = gang.running[0]
     where = f"pod {pod.name} on node {pod.node}"
     pods = where if current.nodes == 1 else f"{current.nodes} pods, the first of them is {where}"
     state = State(phase=Phase.RUNNING, message=f"attempt {current.attempt} runs in {pods}")
-    step = Step(state=state, status=context.update(trainer_status=trainer_status, metric=metric).status)
+    step = Step(state=state, status=context.status)
     return step.wake(compute_active_seconds_left(context.spec.run_policy, context.status, now=context.now))
+
+
+def _show_progress(context: Context, current: ChildView) -> Context:
+    """Return the status with the latest report of an attempt."""
+    trainer_status = merge_trainer_status(context.status.trainer_status, context.observed, child=current)
+    metric = (describe_metric(trainer_status.metrics) if trainer_status else None) or context.status.metric
+    return context.update(trainer_status=trainer_status, metric=metric)
 
 
 def _settle(context: Context, current: ChildView) -> Step:
@@ -175,6 +181,8 @@ def _settle(context: Context, current: ChildView) -> Step:
         return Step(state=keep_state(context, current), status=context.status, requeue_after=waiting)
     root = find_root(gang)
     words = report if root is gang.leader else find_last_word(root)
+    # What was reported since the last write: how far the attempt came.
+    context = _show_progress(context, current)
     return fail(context, current, verdict=classify_failure(current, root, report=words, spec=context.spec), gang=gang)
 
 

@@ -19,6 +19,7 @@ RULES = [rule for group in yaml.safe_load(RULES_FILE.read_text(encoding="utf-8")
 # What a healthy operator shows, in the notation of promtool: first value, growth, number of further values; one a minute.
 HEALTHY = {
     "finetune_synced": "1x130",
+    "finetune_leader": "1x130",
     'finetune_jobs{state="Running"}': "2x130",
     'finetune_jobs{state="Pending"}': "0x130",
     'finetune_jobs{state="Other"}': "0x130",
@@ -63,6 +64,16 @@ CASES = (
         alert="FineTuneOperatorNotSynced",
         series={"finetune_synced": "0x130"},
         summary="The operator runs but has not yet seen all objects of the cluster, before which it does nothing.",
+    ),
+    Case(
+        alert="FineTuneLeaderNotOne",
+        series={"finetune_leader": "0x130"},
+        summary="0 replicas of the operator lead instead of one: without a leader nothing happens, and there must never be two.",
+    ),
+    Case(
+        alert="FineTuneLeaderNotOne",
+        series={"finetune_leader": "2x130"},
+        summary="2 replicas of the operator lead instead of one: without a leader nothing happens, and there must never be two.",
     ),
     Case(
         alert="FineTuneOperatorRestarting",
@@ -140,12 +151,14 @@ def test_rules_are_valid(promtool: str) -> None:
 
 
 def test_every_alert_has_a_case() -> None:
-    assert [rule["alert"] for rule in RULES] == [case.alert for case in CASES]
+    assert [rule["alert"] for rule in RULES] == list(dict.fromkeys(case.alert for case in CASES))
 
 
 def test_each_alert_fires_alone(promtool: str, tmp_path: Path) -> None:
     healthy = {"interval": "1m", "input_series": _list_series(HEALTHY), "alert_rule_test": [_expect(rule) for rule in RULES]}
-    tests = [healthy, *(_build_test(case) for case in CASES)]
+    apart = {f'finetune_leader{{namespace="{namespace}"}}': "1x130" for namespace in ("one", "other")}
+    several = healthy | {"input_series": _list_series({**HEALTHY, **apart})}
+    tests = [healthy, several, *(_build_test(case) for case in CASES)]
     file = tmp_path / "tests.yaml"
     file.write_text(json.dumps({"rule_files": [str(RULES_FILE)], "evaluation_interval": "1m", "tests": tests}))
     result = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False)

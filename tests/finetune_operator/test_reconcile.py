@@ -333,8 +333,21 @@ def test_a_transition_does_not_wait_for_the_progress_interval() -> None:
     assert "Complete" == world.state
 
 
+@pytest.mark.parametrize("limit", [pytest.param(0, id="failed"), pytest.param(1, id="retrying")])
+def test_a_failed_attempt_shows_its_last_report_even_within_the_interval(limit: int) -> None:
+    world = World(spec=SPEC | {"runPolicy": {"backoffLimit": limit}}).settle().run().post(progress_percentage=10).settle()
+
+    world.wait(1).post(progress_percentage=90, metrics=(Metric(name="loss", value="0.5"),)).exit(1)
+
+    assert world.status.trainer_status is not None
+    assert (90, "loss=0.5") == (world.status.trainer_status.progress_percentage, world.status.metric)
+    assert world.status.trainer_status.estimated_remaining_seconds is None
+
+
 def test_a_report_of_another_attempt_is_not_shown() -> None:
-    world = World().settle().run().post(progress_percentage=70).exit(1).wait(10).settle().run()
+    world = World().settle().run().exit(1).wait(10).settle().run()
+    world.report = ReceivedReport(run=world.newest.run, attempt=1, received_at=world.now, report=build_report())
+    world.settle()
 
     assert 2 == world.status.attempt
     assert world.status.trainer_status is None

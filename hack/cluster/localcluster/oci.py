@@ -6,13 +6,13 @@ import json
 import platform
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from localcluster.containers import ctr
+from localcluster.containers import content_folder, ctr
 from localcluster.errors import ClusterError
-from localcluster.shell import try_run
+from localcluster.shell import run, try_run
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -63,13 +63,22 @@ def import_single_program(program: Path, *, reference: str) -> None:
         }
     )
 
-    def write(stream: IO[bytes]) -> None:
-        with tarfile.open(fileobj=stream, mode="w|") as archive:
-            _add_index(archive, _descriptor(MANIFEST_TYPE, manifest), reference=reference)
-            for blob in (manifest, config, layer):
-                _add_bytes(archive, f"blobs/sha256/{_digest(blob)}", blob)
+    _import_blobs(manifest, blobs=(config, layer), reference=reference)
 
-    _import_archive(write)
+
+def import_on_top(layer: bytes, *, base: str, entrypoint: Sequence[str], reference: str) -> None:
+    """Import an image that is one which containerd holds, with one layer more and another program to start."""
+    listed = run([*ctr(), "images", "list", f"name=={base}"]).splitlines()[-1]
+    manifest = json.loads(_read_blob(listed.split()[2]))
+    below = json.loads(_read_blob(manifest["config"]["digest"]))
+    diff_ids = [*below["rootfs"]["diff_ids"], f"sha256:{_digest(layer)}"]
+    changed = {
+        "config": {**below["config"], "Entrypoint": list(entrypoint), "Cmd": []},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    }
+    config = _json_bytes({key: value for key, value in below.items() if key != "history"} | changed)
+    parts = {"config": _descriptor(CONFIG_TYPE, config), "layers": [*manifest["layers"], _descriptor(LAYER_TYPE, layer)]}
+    _import_blobs(_json_bytes(manifest | parts), blobs=(config, layer), reference=reference)
 
 
 def blob_digests(manifest: bytes) -> tuple[str, ...]:
@@ -77,6 +86,20 @@ def blob_digests(manifest: bytes) -> tuple[str, ...]:
     value = json.loads(manifest)
     parts = (value["config"], *value["layers"])
     return tuple(dict.fromkeys(str(part["digest"]).removeprefix("sha256:") for part in parts))
+
+
+def _import_blobs(manifest: bytes, *, blobs: Iterable[bytes], reference: str) -> None:
+    def write(stream: IO[bytes]) -> None:
+        with tarfile.open(fileobj=stream, mode="w|") as archive:
+            _add_index(archive, _descriptor(MANIFEST_TYPE, manifest), reference=reference)
+            for blob in (manifest, *blobs):
+                _add_bytes(archive, f"blobs/sha256/{_digest(blob)}", blob)
+
+    _import_archive(write)
+
+
+def _read_blob(digest: str) -> bytes:
+    return (content_folder() / digest.removeprefix("sha256:")).read_bytes()
 
 
 def _import_archive(write: Callable[[IO[bytes]], None]) -> None:
