@@ -105,6 +105,8 @@ class PodView:
     resource_version: str
     child: str
     """Name of the child Job."""
+    child_uid: str = ""
+    """Its uid: a run that returns has Jobs of the same names once more. Empty when no Job owns the pod."""
     run: str
     attempt: int
     index: int = 0

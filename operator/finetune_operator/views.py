@@ -178,6 +178,7 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
+    controller = next(_list_controllers(metadata), {})
     placement, disruption = _find_condition(status, "PodScheduled"), _find_condition(status, "DisruptionTarget")
     state = _find_container(status.get("containerStatuses")).get("state") or {}
     waiting, terminated = state.get("waiting") or {}, state.get("terminated") or {}
@@ -188,7 +189,8 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         name=metadata["name"],
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
-        child=_find_controller(metadata),
+        child=controller.get("name", ""),
+        child_uid=controller.get("uid", ""),
         run=labels.get(names.LABEL_RUN, ""),
         attempt=_parse_number(labels, names.LABEL_ATTEMPT),
         index=_parse_number(labels, names.LABEL_INDEX),
@@ -297,12 +299,8 @@ def _find_container(containers: list[RawObject] | None) -> RawObject:
     return next((each for each in containers or () if each.get("name") == names.CONTAINER), {})
 
 
-def _find_controller(metadata: RawObject) -> str:
-    return next(_list_controllers(metadata), "")
-
-
-def _list_controllers(metadata: RawObject) -> Iterator[str]:
-    return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
+def _list_controllers(metadata: RawObject) -> Iterator[RawObject]:
+    return (each for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
 
 
 def _find_deletion(metadata: RawObject) -> datetime | None:
