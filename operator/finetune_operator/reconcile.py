@@ -55,7 +55,8 @@ def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: Trai
         state = State(phase=Phase.INVALID, problem="InvalidSpec", message=job.spec_error or "the spec cannot be read")
         return conclude(job, Step(state=state, status=job.status), now=now, settings=settings)
     context = build_context(job, job.spec, observed, now=now, settings=settings)
-    return conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
+    outcome = conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
+    return replace(outcome, adopt=tuple(child for child in observed.children if not child.is_owned and not child.deleting))
 
 
 def refuse(job: JobView, observed: Observed, *, subject: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
@@ -134,6 +135,9 @@ def _stop(context: Context, current: ChildView) -> Step | None:
             (current,),
             message="the pods are being replaced, as spec.resources, accelerator, nodes or profileRef changed",
         )
+    if current.is_resized:
+        message = f"the pods are being replaced, as somebody changed the number of pods of Job {current.name}"
+        return wait_for_removal(context, (current,), message=message)
     return None
 
 

@@ -143,9 +143,11 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     """Return the record of a child Job, or None for a Job that does not carry the labels of one."""
     metadata = raw["metadata"]
     labels = metadata.get("labels") or {}
-    if names.LABEL_JOB not in labels:
+    if names.LABEL_JOB not in labels or labels.get(names.LABEL_MANAGED_BY) != names.MANAGED_BY:
         return None
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
+    completions = spec.get("completions") or 1
+    nodes = _read_nodes(spec) or completions
     state, condition = _find_end(status)
     stopped = _find_condition(status, "Suspended")
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
@@ -162,7 +164,9 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         message=condition.get("message", ""),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
-        nodes=spec.get("completions") or 1,
+        nodes=nodes,
+        is_resized=(completions, spec.get("parallelism", nodes)) != (nodes, nodes),
+        is_owned=labels.get(names.LABEL_JOB_UID) in {each.get("uid") for each in metadata.get("ownerReferences") or ()},
         suspended=bool(spec.get("suspend")),
         suspended_at=_parse_time(stopped.get("lastTransitionTime")) if stopped.get("status") == "True" else None,
         queue=labels.get(names.LABEL_QUEUE) or None,
@@ -170,6 +174,17 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         snapshot=parse_snapshot(metadata.get("annotations") or {}),
     )
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
+
+
+def is_passing(raw: RawObject, *, job_uid: str) -> bool:
+    """Return whether a Job whose name a FineTuneJob needs is its own, or goes without anybody's help."""
+    metadata = raw["metadata"]
+    child = project_child(raw)
+    if "deletionTimestamp" in metadata or (child is not None and child.owner_uid == job_uid):
+        return True
+    # The garbage collector is about to remove what a deleted FineTuneJob of the same name has left behind.
+    owners = (each for each in metadata.get("ownerReferences") or () if each.get("kind") == names.KIND)
+    return any(each.get("uid") != job_uid for each in owners)
 
 
 def project_pod(raw: RawObject) -> Record[PodView] | None:
@@ -297,6 +312,17 @@ def _find_condition(status: RawObject, type: str) -> RawObject:
 
 def _find_container(containers: list[RawObject] | None) -> RawObject:
     return next((each for each in containers or () if each.get("name") == names.CONTAINER), {})
+
+
+def _read_nodes(spec: RawObject) -> int | None:
+    """Return the number of pods that the trainers of a Job are configured for, or None if nothing tells of it."""
+    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers")
+    variables = _find_container(containers).get("env") or ()
+    config = next((each.get("value") for each in variables if each.get("name") == names.ENV_TRAINER_CONFIG), None)
+    try:
+        return int(json.loads(config or "")["world"]["nodes"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _list_controllers(metadata: RawObject) -> Iterator[RawObject]:

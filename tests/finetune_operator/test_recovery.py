@@ -386,6 +386,17 @@ def test_last_word_of_an_earlier_run_is_not_the_new_ones() -> None:
     assert (1, None) == (world.status.attempt, world.status.checkpoint)
 
 
+def test_attempt_whose_number_of_pods_somebody_changed_is_replaced() -> None:
+    world = World(spec=SPEC | {"nodes": 2}).settle().run()
+    world.children[world.newest.name] = replace(world.newest, is_resized=True)
+    world.settle()
+    assert "changed the number of pods" in world.message
+
+    world.collect()
+
+    assert ("Pending", 2, 0) == (world.state, world.status.attempt, world.status.restarts)
+
+
 def test_run_that_returns_does_not_take_its_earlier_trainers_for_the_new_ones() -> None:
     world = World().settle().run().wait(60).post(progress_percentage=40).settle()
     world.change(hyperparameters={"seed": 7}, suspend=True).settle().collect().wait(5)
