@@ -389,10 +389,9 @@ def test_last_word_of_an_earlier_run_is_not_the_new_ones() -> None:
 def test_attempt_whose_number_of_pods_somebody_changed_is_replaced() -> None:
     world = World(spec=SPEC | {"nodes": 2}).settle().run()
     world.children[world.newest.name] = replace(world.newest, is_resized=True)
-    world.settle()
-    assert "changed the number of pods" in world.message
+    assert "changed the number of pods" in world.reconcile().events[0].message
 
-    world.collect()
+    world.settle().collect()
 
     assert ("Pending", 2, 0) == (world.state, world.status.attempt, world.status.restarts)
 
