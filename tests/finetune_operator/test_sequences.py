@@ -3,12 +3,14 @@
 import functools
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from finetune_api.conditions import find_condition, is_true
 from finetune_api.contract import compute_run
 from finetune_api.v1alpha1 import FineTuneJobSpec
+from harness import Operator, Team, wait_until
 from sequences import OPERATIONS, Trial, generate_trials, is_valid, normalize_conditions, normalize_job
 from world import PUBLISHED, World
 
@@ -128,4 +130,100 @@ def _describe(world: World) -> dict[str, Any]:
         "status": world.status.model_dump(include=_OF_THE_SPEC),
         "usage": usage.model_dump(include=_OF_THE_ATTEMPT) if usage and job else None,
         "job": job and normalize_job(job, job="emoji"),
+    }
+
+
+@pytest.fixture
+def gold(team: Team) -> Iterator[None]:
+    """The one profile of those that specs name."""
+    path = "/apis/finetune.dev/v1alpha1/finetuneprofiles/gold"
+    body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneProfile", "metadata": {"name": "gold"}}
+    team.api.apply(path, body | {"spec": {"image": "gold:1", "environment": [{"name": "A", "value": "1"}]}})
+    yield
+    team.api.delete(path)
+
+
+@pytest.mark.apiserver
+@pytest.mark.usefixtures("gold")
+def test_sequences_leave_no_trace_on_a_real_api_server(team: Team, operator: Operator) -> None:
+    operator.start()
+    _apply_side_by_side(team, operator, list(generate_trials(40, seed=_SEED)))
+
+
+@pytest.mark.apiserver
+@pytest.mark.faults
+@pytest.mark.usefixtures("gold")
+@pytest.mark.parametrize("part", range(_PARTS))
+def test_all_sequences_leave_no_trace_on_a_real_api_server(team: Team, operator: Operator, part: int) -> None:
+    operator.start()
+    _apply_side_by_side(team, operator, list(_list_trials()[part::_PARTS]))
+
+
+def _apply_side_by_side(team: Team, operator: Operator, trials: list[Trial]) -> None:
+    """Lead one FineTuneJob through each trial, and compare it with one that was given the last spec alone."""
+    choices = random.Random(_SEED)
+    pairs = [(f"seq{number:03}x", f"new{number:03}x", trial) for number, trial in enumerate(trials)]
+    for step in range(max(len(trial.specs) for trial in trials)):
+        names = [name for name, _, trial in pairs if step < len(trial.specs) and _try(team, name, trial.specs[step])]
+        _await_answers(team, [name for name in names if choices.random() < 0.8])
+    for _, fresh, trial in pairs:
+        assert _try(team, fresh, trial.specs[-1]), trial.name
+    # A change of the checkpoints takes effect with the next attempt.
+    for is_suspended in (True, False):
+        for each in pairs:
+            for name in each[:2]:
+                assert _try(team, name, each[2].specs[-1] | {"suspend": is_suspended})
+        names = [name for each in pairs for name in each[:2]]
+        _await_answers(team, names, states=("Suspended", "Failed") if is_suspended else None)
+    for name, fresh, trial in pairs:
+        wait_until(
+            lambda: _look(team, name) == _look(team, fresh),  # noqa: B023
+            what=f"{name} is as {fresh}: {trial.name}, {_look(team, name)} and not {_look(team, fresh)}",
+        )
+    assert 'finetune_reconciles_total{result="error"}' not in operator.scrape()
+
+
+def _try(team: Team, name: str, spec: dict[str, Any]) -> bool:
+    """Apply a spec, and return whether the API server takes it."""
+    body = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+    path = f"{team.path('finetunejobs', name)}?fieldManager=test&force=true"
+    status, answer = team.api.request("PATCH", path, body, type="application/apply-patch+yaml")
+    assert status in (200, 201, 422), answer
+    return status != 422
+
+
+def _await_answers(team: Team, names: list[str], *, states: tuple[str, ...] | None = None) -> None:
+    """Wait until each spec is answered in the status, and what is wrong with it told."""
+
+    def check() -> bool:
+        jobs = {job["metadata"]["name"]: job for job in team.api.get(team.path("finetunejobs"))["items"]}
+        for name in names:
+            _check_answer(jobs[name], states)
+        return True
+
+    wait_until(check, what=f"{len(names)} specs are answered", seconds=120)
+
+
+def _check_answer(job: dict[str, Any], states: tuple[str, ...] | None) -> None:
+    conditions = {each["type"]: each for each in job["status"]["conditions"]}
+    state, stalled = conditions["Ready"]["reason"], conditions["Stalled"]
+    generations = {job["status"]["observedGeneration"], *(each["observedGeneration"] for each in conditions.values())}
+    assert {job["metadata"]["generation"]} == generations, (job["metadata"]["name"], generations)
+    assert (stalled["status"] == "True") is (state in _TERMINAL), conditions
+    assert states is None or state in states, (job["metadata"]["name"], state)
+
+
+def _look(team: Team, name: str) -> dict[str, Any]:
+    """Return what a user sees of a FineTuneJob's spec in its status and its Job."""
+    job = team.job(name)
+    uid, status = job["metadata"]["uid"], job["status"]
+    labels = f"?labelSelector=finetune.dev/job-uid={uid}"
+    children = team.api.get(team.path("jobs") + labels)["items"]
+    assert len(children) <= 1, [each["metadata"]["name"] for each in children]
+    services = team.api.get(team.path("services") + f"?labelSelector=finetune.dev/job={name}")["items"]
+    return {
+        "conditions": normalize_conditions(status["conditions"], job=name, uid=uid),
+        "status": {each: status.get(each) for each in ("run", "podShape", "trainingSeconds", "microBatchDivisor")},
+        "jobs": [normalize_job(each, job=name, uid=uid) for each in children],
+        "has_service": bool(services) if any(each["spec"]["completions"] > 1 for each in children) else None,
     }
