@@ -107,4 +107,4 @@ def normalize_conditions(conditions: list[dict[str, Any]], *, job: str, uid: str
 
 
 # In the label, and in the trainer's configuration, which is JSON in JSON.
-_ATTEMPT = re.compile(r'(finetune\.dev/attempt": "|\\"attempt\\":)[0-9]+("|)')
+_ATTEMPT = re.compile(r'(finetune\.dev/attempt": "|\\"(?:attempt|generation)\\":)[0-9]+("|)')
