@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +257,11 @@ def test_jobs_that_are_deleted_as_soon_as_they_come_cost_a_bounded_number_of_wri
 
 def test_attempt_that_somebody_suspends_goes_on_when_it_is_resumed(stage: Stage, writes: Writes) -> None:
     victim = Victim(stage, "suspended", {"runPolicy": {"backoffLimit": 0}}).begin()
+    created_at = datetime.fromisoformat(victim.pods()[0]["metadata"]["creationTimestamp"])
     victim.patch_child({"spec": {"suspend": True}})
     victim.wait("Queued", part="the manager that suspended the Job has to admit attempt 1")
+    # Pods are ordered by the second of their creation.
+    wait_until(lambda: datetime.now(UTC) - created_at > timedelta(seconds=1), what="a second is over")
     victim.patch_child({"spec": {"suspend": False}})
     victim.wait_until_running(1)
     status = victim.complete()
