@@ -180,7 +180,7 @@ def _apply_side_by_side(team: Team, operator: Operator, trials: list[Trial]) -> 
             lambda: _look(team, name) == _look(team, fresh),  # noqa: B023
             what=f"{name} is as {fresh}: {trial.name}, {_look(team, name)} and not {_look(team, fresh)}",
         )
-    assert 'finetune_reconciles_total{result="error"}' not in operator.scrape()
+    assert 'finetune_reconciles_total{result="error"} 0.0' in operator.scrape()
 
 
 def _try(team: Team, name: str, spec: dict[str, Any]) -> bool:
