@@ -72,11 +72,13 @@ def _wander(spec: dict[str, Any], choices: random.Random) -> Iterator[dict[str, 
 
 
 def is_valid(spec: dict[str, Any]) -> bool:
+    """Return whether an API server would take a spec, which looks for duplicates as well."""
     try:
-        FineTuneJobSpec.model_validate(spec)
+        rules = FineTuneJobSpec.model_validate(spec).run_policy.failure_rules
     except ValidationError:
         return False
-    return True
+    lists = [[each.name for each in rules], *(each.on_exit_codes for each in rules), *(each.on_reasons for each in rules)]
+    return all(len(set(each)) == len(each) for each in lists)
 
 
 def normalize_job(manifest: dict[str, Any], *, job: str, uid: str | None = None) -> dict[str, Any]:

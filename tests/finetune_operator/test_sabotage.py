@@ -505,17 +505,13 @@ def test_namespace_that_goes_takes_all_with_it_and_leaves_the_operator(
     write_kubeconfig(team, tmp_path / "kubeconfig")
     operator = build_operator(team, tls=tls, folder=tmp_path, namespaces=doomed.namespace)
     try:
-        with KubeletStandIn(doomed) as kubelet:
+        with KubeletStandIn(doomed):
             operator.start()
             for name, nodes in (("one", 1), ("two", 2)):
                 doomed.apply(name, nodes=nodes)
                 doomed.wait("Running", name)
-            kubelet.held.add("two")
             api.delete(f"/api/v1/namespaces/{doomed.namespace}")
-            wait_until(lambda: not api.exists(doomed.path("finetunejobs", "one")), what="it goes")
-            assert _list_all(doomed, "two-")
-            kubelet.held.clear()
-            wait_until(lambda: not api.exists(f"/api/v1/namespaces/{doomed.namespace}"), what="it is gone")
+            wait_until(lambda: not api.exists(f"/api/v1/namespaces/{doomed.namespace}"), what="it is gone", seconds=120)
         written = _list_writes_of(team, requests())
         again = Team(api, doomed.namespace)
         with KubeletStandIn(again):
