@@ -20,7 +20,7 @@ _SEED = 20
 _WAIT_SECONDS = 5
 _TERMINAL = ("Failed", "InvalidSpec", "ProfileViolated")
 # What the current attempt is and asks for; the rest of a status tells of time and of earlier attempts.
-_OF_THE_SPEC = {"run", "pod_shape", "training_seconds", "micro_batch_divisor"}
+_OF_THE_SPEC = {"run", "pod_shape", "micro_batch_divisor"}
 _OF_THE_ATTEMPT = {"accelerators", "accelerator_kind", "price_per_accelerator_hour"}
 
 
@@ -129,6 +129,7 @@ def _describe(world: World) -> dict[str, Any]:
         "conditions": normalize_conditions(status["conditions"], job="emoji"),
         "status": world.status.model_dump(include=_OF_THE_SPEC),
         "usage": usage.model_dump(include=_OF_THE_ATTEMPT) if usage and job else None,
+        "training_seconds": world.status.training_seconds if job else None,
         "job": job and normalize_job(job, job="emoji"),
     }
 
@@ -224,7 +225,8 @@ def _look(team: Team, name: str) -> dict[str, Any]:
     services = team.api.get(team.path("services") + f"?labelSelector=finetune.dev/job={name}")["items"]
     return {
         "conditions": normalize_conditions(status["conditions"], job=name, uid=uid),
-        "status": {each: status.get(each) for each in ("run", "podShape", "trainingSeconds", "microBatchDivisor")},
+        "status": {each: status.get(each) for each in ("run", "podShape", "microBatchDivisor")},
+        "training_seconds": status.get("trainingSeconds") if children else None,
         "jobs": [normalize_job(each, job=name, uid=uid) for each in children],
         "has_service": bool(services) if any(each["spec"]["completions"] > 1 for each in children) else None,
     }
