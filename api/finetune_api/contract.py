@@ -110,6 +110,10 @@ class TrainerConfig(ContractModel):
 
     namespace: str
     name: str
+    uid: str = ""
+    """uid of the FineTuneJob; empty without a cluster."""
+    generation: int = 0
+    """metadata.generation of the FineTuneJob when the attempt began: a run that returns counts its attempts from 1 once more."""
     run: str
     attempt: int
     task: Task
@@ -193,6 +197,8 @@ def build_trainer_config(
     namespace: str,
     name: str,
     attempt: int,
+    uid: str = "",
+    generation: int = 0,
     micro_batch_divisor: int = 1,
     grace_seconds: int = 60,
     training_seconds: int | None = None,
@@ -208,6 +214,8 @@ def build_trainer_config(
     return TrainerConfig(
         namespace=namespace,
         name=name,
+        uid=uid,
+        generation=generation,
         run=compute_run(spec),
         attempt=attempt,
         task=spec.task,

@@ -40,6 +40,7 @@ ANNOTATION_REPORT_URL = f"{GROUP}/report-url"
 
 FIELD_MANAGER = "finetune-operator"
 STATUS_FIELD_MANAGER = "finetune-operator-status"
+OWNER_FIELD_MANAGER = "finetune-operator-owner"
 
 # One name for the container and the projected token's audience, so that a token of another service is never accepted.
 CONTAINER = "trainer"

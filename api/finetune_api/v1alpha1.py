@@ -600,7 +600,8 @@ class FineTuneJobStatus(ApiModel):
     active_seconds: Annotated[int, Field(ge=0)] = 0
     """activeSeconds is how long trainers of ended attempts of this run were running; activeDeadlineSeconds limits it."""
     pending_since: datetime | None = None
-    """pendingSince is since when the current attempt waits for its trainer to run; startDeadlineSeconds counts from it."""
+    """pendingSince is since when the current attempt waits for its trainer to run, or waited when startDeadlineSeconds, which
+    counts from it, ended the run."""
     running_since: datetime | None = None
     """runningSince is since when the trainer of the current attempt runs."""
     micro_batch_divisor: Annotated[int, Field(ge=1, le=1024)] = 1

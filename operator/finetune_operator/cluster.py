@@ -26,8 +26,9 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import kube_config
 
 from finetune_operator.errors import ApiError, NotFoundError, RefusedError, StartError, UnauthorizedError, build_api_error
+from finetune_operator.manifests.owner import build_owner
 from finetune_operator.metrics import API_REQUEST_SECONDS, API_REQUESTS, Metrics, classify_code
-from finetune_operator.observed import JobView
+from finetune_operator.observed import ChildView, JobView
 from finetune_operator.outcome import Deletion
 from finetune_operator.throttle import TokenBucket
 from finetune_operator.views import Key, Kind, Listing, RawObject, Reviewed
@@ -150,6 +151,18 @@ class Cluster:
         path = f"{_path(Kind.FINETUNEJOB, job.namespace)}/{job.name}/status"
         query = {"fieldManager": names.STATUS_FIELD_MANAGER, "force": "true"}
         return await self._request("patch", path, resource="finetunejobs/status", query=query, body=body, content_type=_APPLY)
+
+    async def adopt_child(self, job: JobView, child: ChildView) -> RawObject:
+        """Give a child the reference to its owner once more, beside those to others, or raise ConflictError if it is gone."""
+        body = {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": child.name, "namespace": job.namespace, "uid": child.uid, "ownerReferences": [build_owner(job)]},
+        }
+        # An apply of the field manager that owns the rest would remove all that is not in it.
+        query = {"fieldManager": names.OWNER_FIELD_MANAGER}
+        path = f"{_path(Kind.JOB, job.namespace)}/{child.name}"
+        return await self._request("patch", path, resource="jobs", query=query, body=body, content_type=_APPLY)
 
     async def delete_child(self, namespace: str, deletion: Deletion) -> RawObject:
         """Delete a child with its pods gone before it, if it is still what was seen; else raise ConflictError."""

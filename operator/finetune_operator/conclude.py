@@ -7,6 +7,7 @@ from finetune_api.v1alpha1 import FineTuneJobStatus
 
 from finetune_operator.observed import JobView
 from finetune_operator.outcome import Deletion, EventNote, EventType, Outcome
+from finetune_operator.policies.deadline import START_DEADLINE
 from finetune_operator.policies.progress import compute_progress_delay, is_only_progress
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.state import Phase, State, build_conditions
@@ -33,12 +34,16 @@ def conclude(job: JobView, step: Step, *, now: datetime, settings: TrainerSettin
 
 
 def _finish_status(job: JobView, step: Step, *, now: datetime) -> FineTuneJobStatus:
-    """Return the status with its conditions, and with the time since when the attempt waits, for as long as it does."""
+    """Return the status with its conditions, and with the time since when the attempt waits, for as long as it does.
+
+    A run that ended by that keeps the time: it tells whether a later deadline gives more of it.
+    """
     is_waiting = step.state.phase is Phase.PENDING and step.state.is_start
+    has_waited = step.state.phase is Phase.FAILED and step.state.problem == START_DEADLINE
     update = {
         "observed_generation": job.generation,
         "conditions": build_conditions(step.status.conditions, step.state, generation=job.generation, now=now),
-        "pending_since": (step.status.pending_since or now) if is_waiting else None,
+        "pending_since": (step.status.pending_since or now) if is_waiting else step.status.pending_since if has_waited else None,
     }
     return step.status.model_copy(update=update)
 

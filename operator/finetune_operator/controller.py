@@ -19,11 +19,12 @@ from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.store import Store
 from finetune_operator.throttle import Turns
-from finetune_operator.views import Key, Kind, RawObject
+from finetune_operator.views import Key, Kind, RawObject, is_passing
 
 logger = logging.getLogger(__name__)
 
 _JOB = "Job"
+_NAME_TAKEN = "a Job of this name exists, and it is not this FineTuneJob's"
 
 
 class ClusterWriter(Protocol):
@@ -34,6 +35,9 @@ class ClusterWriter(Protocol):
 
     async def apply_status(self, job: JobView, status: FineTuneJobStatus) -> RawObject:
         """Make this the whole status of a FineTuneJob, and return the object."""
+
+    async def adopt_child(self, job: JobView, child: ChildView) -> RawObject:
+        """Give a child Job the reference to its owner once more, and return it."""
 
     async def delete_child(self, namespace: str, deletion: Deletion) -> RawObject:
         """Delete a child Job if it is still what was seen."""
@@ -118,14 +122,15 @@ class Controller:
         outcome = reconcile(job, observed, now=self._clock(), settings=self._settings)
         for deletion in outcome.delete:
             await self._delete(job, deletion)
-        if not await self._is_clear(job, outcome):
-            self._queue.retry(key)
-            return "requeue"
+        for child in outcome.adopt:
+            await self._adopt(job, child)
+        if (taken := await self._find_taken(job, outcome)) is not None:
+            return await self._wait_for_name(job, observed, taken)
         for manifest in outcome.apply:
             try:
                 await self._apply(job, manifest)
             except RefusedError as error:
-                await self._report_refusal(job, observed, manifest, error=error)
+                await self._report_refusal(job, observed, subject=_name(manifest), message=error.message)
                 return "refused"
             except ConflictError as error:
                 return await self._settle_conflict(job, observed, manifest, error=error)
@@ -145,7 +150,7 @@ class Controller:
         try:
             answer = await self._cluster.delete_child(job.namespace, deletion)
         except (NotFoundError, ConflictError):
-            await self._exists(key)
+            await self._look_up(key)
             self._queue.add(job.key)
             return
         logger.info("deleted Job %s/%s", *key)
@@ -153,29 +158,51 @@ class Controller:
         if answer.get("kind") == "Job":
             self._store.observe(Kind.JOB, answer)
 
-    async def _is_clear(self, job: JobView, outcome: Outcome) -> bool:
-        """Return whether the names that must not exist do not, and the names to be applied are not another's."""
-        for name in outcome.absent:
-            if await self._exists((job.namespace, name)):
-                logger.info("waiting for Job %s/%s to be gone", job.namespace, name)
-                return False
-        for manifest in _list_jobs(outcome):
-            found = self._store.children.find((job.namespace, manifest["metadata"]["name"]))
-            # Left behind by a deleted FineTuneJob of the same name: the garbage collector is about to remove it.
-            if found is not None and found.owner_uid != job.uid and await self._exists(found.key):
-                logger.info("waiting for Job %s/%s of an earlier FineTuneJob to be gone", *found.key)
-                return False
-        return True
+    async def _adopt(self, job: JobView, child: ChildView) -> None:
+        """Give a child its owner back, unless the FineTuneJob is being deleted and lets go of its children."""
+        await self._refresh(job)
+        record = self._store.jobs.find(job.key)
+        if record is None or record.uid != job.uid or record.content.deleting:
+            return
+        try:
+            self._store.observe(Kind.JOB, await self._cluster.adopt_child(job, child))
+        except (NotFoundError, ConflictError):
+            await self._look_up((job.namespace, child.name))
+            self._queue.add(job.key)
+        except RefusedError as error:
+            logger.warning("Job %s/%s will not go with its FineTuneJob: %s", job.namespace, child.name, error)
+        else:
+            logger.info("gave Job %s/%s its owner back", job.namespace, child.name)
 
-    async def _exists(self, key: Key) -> bool:
+    async def _find_taken(self, job: JobView, outcome: Outcome) -> RawObject | None:
+        """Return a Job that has a name which must not exist, or which is to be applied and is another's."""
+        for name in outcome.absent:
+            if (found := await self._look_up((job.namespace, name))) is not None:
+                return found
+        for manifest in _list_jobs(outcome):
+            known = self._store.children.find((job.namespace, manifest["metadata"]["name"]))
+            if known is not None and known.owner_uid != job.uid and (found := await self._look_up(known.key)) is not None:
+                return found
+        return None
+
+    async def _wait_for_name(self, job: JobView, observed: Observed, taken: RawObject) -> str:
+        """Wait for a Job that is about to go, or that was not seen yet; tell the user of one that stays in the way."""
+        name = taken["metadata"]["name"]
+        if is_passing(taken, job_uid=job.uid):
+            logger.info("waiting for Job %s/%s to be gone", job.namespace, name)
+            self._queue.retry(job.key)
+            return "requeue"
+        await self._report_refusal(job, observed, subject=f"Job {name}", message=_NAME_TAKEN)
+        return "refused"
+
+    async def _look_up(self, key: Key) -> RawObject | None:
         """Ask the API server for a child Job, and bring the store up to date with the answer."""
         try:
-            await self._look(Kind.JOB, key)
+            return await self._look(Kind.JOB, key)
         except NotFoundError:
-            found = self._store.children.find(key)
-            self._store.purge(Kind.JOB, () if found is None else (found.uid,))
-            return False
-        return True
+            known = self._store.children.find(key)
+            self._store.purge(Kind.JOB, () if known is None else (known.uid,))
+            return None
 
     async def _apply(self, job: JobView, manifest: RawObject) -> None:
         answer = await self._cluster.apply_child(manifest)
@@ -186,9 +213,11 @@ class Controller:
     async def _settle_conflict(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ConflictError) -> str:
         """Look at the job anew when its child is there already, as another manager has changed; else tell the user."""
         if manifest["kind"] != _JOB:
-            await self._report_refusal(job, observed, manifest, error=error)
+            await self._report_refusal(job, observed, subject=_name(manifest), message=error.message)
             return "refused"
-        await self._exists((job.namespace, manifest["metadata"]["name"]))
+        found = await self._look_up((job.namespace, manifest["metadata"]["name"]))
+        if found is not None:
+            return await self._wait_for_name(job, observed, found)
         self._queue.retry(job.key)
         return "requeue"
 
@@ -223,22 +252,20 @@ class Controller:
         except NotFoundError:
             self._store.purge(Kind.FINETUNEJOB, (job.uid,))
 
-    async def _look(self, kind: Kind, key: Key) -> None:
-        """Bring the store up to date with the API server, which never has less than was seen before it is asked."""
+    async def _look(self, kind: Kind, key: Key) -> RawObject:
+        """Return an object, and bring the store up to date with the API server, which never has less than was seen before it is asked."""
         seen = self._store.find(kind, key)
         raw = await self._cluster.get(kind, key)
         metadata = raw["metadata"]
         if seen is not None and seen.uid == metadata["uid"] and int(metadata["resourceVersion"]) < seen.version:
             raise RewoundError(f"{kind.value} {'/'.join(key)}")
         self._store.observe(kind, raw)
+        return raw
 
-    async def _report_refusal(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ApiError) -> None:
+    async def _report_refusal(self, job: JobView, observed: Observed, *, subject: str, message: str) -> None:
         """Tell the user why no child can be created. The next try comes with backoff, as the cause is not ours."""
-        kind, name = manifest["kind"], manifest["metadata"]["name"]
-        logger.warning("the API server refuses %s %s/%s: %s", kind, job.namespace, name, error)
-        refused = refuse(
-            job, observed, subject=f"{kind} {name}", message=error.message, now=self._clock(), settings=self._settings
-        )
+        logger.warning("%s of FineTuneJob %s/%s is refused: %s", subject, *job.key, message)
+        refused = refuse(job, observed, subject=subject, message=message, now=self._clock(), settings=self._settings)
         await self._conclude(job, refused)
         self._queue.retry(job.key)
 
@@ -252,6 +279,10 @@ class Controller:
         message = found[-1] if found else None
         self._store.put_refusal(job.key, PodRefusal(child_uid=child.uid, checked_at=self._clock(), message=message))
         self._queue.add(job.key)
+
+
+def _name(manifest: RawObject) -> str:
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
 def _list_jobs(outcome: Outcome) -> list[RawObject]:

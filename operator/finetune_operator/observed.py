@@ -85,6 +85,10 @@ class ChildView:
     finished_at: datetime | None
     nodes: int = 1
     """Number of pods, which are all needed at once."""
+    is_resized: bool = False
+    """Whether somebody has given the Job another number of pods than its trainers are configured for."""
+    is_owned: bool = True
+    """Whether it goes with its FineTuneJob; somebody may have removed its ownerReference."""
     snapshot: Snapshot = field(default_factory=Snapshot)
     suspended: bool = False
     """Whether it may have no pods, as its queue has not admitted it, or has evicted it."""
@@ -105,6 +109,8 @@ class PodView:
     resource_version: str
     child: str
     """Name of the child Job."""
+    child_uid: str = ""
+    """Its uid: a run that returns has Jobs of the same names once more. Empty when no Job owns the pod."""
     run: str
     attempt: int
     index: int = 0

@@ -40,6 +40,8 @@ class Outcome:
     """What to do, in this order. An empty outcome is a reconcile that found nothing to do."""
 
     delete: tuple[Deletion, ...] = ()
+    adopt: tuple[ChildView, ...] = ()
+    """Child Jobs that have lost their ownerReference, without which nothing would remove them with their FineTuneJob."""
     absent: tuple[str, ...] = ()
     """Child Jobs that the API server itself must not know any more before anything is applied: a guard against acting on
     a stale view. If one is still there, the view is refreshed and the key reconciled again."""

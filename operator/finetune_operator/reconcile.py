@@ -18,7 +18,14 @@ from finetune_operator.conclude import conclude
 from finetune_operator.endings import complete, explain_retry, fail, fail_active_deadline, fail_start_deadline, find_published
 from finetune_operator.observed import ChildState, ChildView, JobView, Observed
 from finetune_operator.outcome import Outcome
-from finetune_operator.policies.deadline import compute_active_seconds_left, compute_start_seconds, compute_ttl_seconds
+from finetune_operator.policies.deadline import (
+    DEADLINE,
+    START_DEADLINE,
+    compute_active_seconds_left,
+    compute_start_seconds,
+    compute_ttl_seconds,
+    has_later_deadline,
+)
 from finetune_operator.policies.failure import classify_failure
 from finetune_operator.policies.gang import Gang, find_root
 from finetune_operator.policies.progress import describe_metric, find_last_word, find_report, merge_trainer_status
@@ -39,9 +46,6 @@ from finetune_operator.waiting import (
     wait_for_start,
 )
 
-DEADLINE = "DeadlineExceeded"
-START_DEADLINE = "StartDeadlineExceeded"
-
 
 def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: TrainerSettings) -> Outcome:
     """Return everything that is to be done about one FineTuneJob."""
@@ -51,7 +55,8 @@ def reconcile(job: JobView, observed: Observed, *, now: datetime, settings: Trai
         state = State(phase=Phase.INVALID, problem="InvalidSpec", message=job.spec_error or "the spec cannot be read")
         return conclude(job, Step(state=state, status=job.status), now=now, settings=settings)
     context = build_context(job, job.spec, observed, now=now, settings=settings)
-    return conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
+    outcome = conclude(job, _limit_start(context, _decide(context)), now=now, settings=settings)
+    return replace(outcome, adopt=tuple(child for child in observed.children if not child.is_owned and not child.deleting))
 
 
 def refuse(job: JobView, observed: Observed, *, subject: str, message: str, now: datetime, settings: TrainerSettings) -> Outcome:
@@ -130,6 +135,9 @@ def _stop(context: Context, current: ChildView) -> Step | None:
             (current,),
             message="the pods are being replaced, as spec.resources, accelerator, nodes or profileRef changed",
         )
+    if current.is_resized:
+        message = f"the pods are being replaced, as somebody changed the number of pods of Job {current.name}"
+        return wait_for_removal(context, (current,), message=message)
     return None
 
 
@@ -228,12 +236,13 @@ def _stay_failed(context: Context) -> Step:
         return _stay(context, Phase.FAILED)
     if has_new_shape:
         return _revive(context.update(micro_batch_divisor=1))
-    return _revive(context) if ended and ended.reason == DEADLINE else _stay(context, Phase.FAILED)
+    has_more_time = ended is not None and has_later_deadline(ended.reason, context.spec.run_policy, context.status)
+    return _revive(context) if has_more_time else _stay(context, Phase.FAILED)
 
 
 def _revive(context: Context) -> Step:
     """Start a failed run again, with all its retries, as soon as nothing is left of its last attempt that could still write."""
-    revived = context.update(restarts=0, restarts_counted_towards_limit=0, failure=None, completion_time=None)
+    revived = context.update(restarts=0, restarts_counted_towards_limit=0, failure=None, completion_time=None, pending_since=None)
     current = context.current
     if current is not None and current.attempt > context.status.attempt:
         # It was started already, by an operator that was killed before it wrote that.

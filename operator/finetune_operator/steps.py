@@ -90,7 +90,7 @@ def build_context(
         job=job,
         spec=spec,
         run=run,
-        observed=observed,
+        observed=_forget_namesakes(observed),
         status=status if checkpoint == status.checkpoint else status.model_copy(update={"checkpoint": checkpoint}),
         now=now,
         settings=settings,
@@ -104,6 +104,19 @@ def without_estimate(status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     trainer_status = status.trainer_status.model_copy(update={"estimated_remaining_seconds": None})
     return status.model_copy(update={"trainer_status": trainer_status})
+
+
+def _forget_namesakes(observed: Observed) -> Observed:
+    """Return what was observed without that of earlier Jobs of the same names, which a run that returns has once more."""
+    uids = {child.name: child.uid for child in observed.children}
+    created_at = {(child.run, child.attempt): child.created_at for child in observed.children}
+    report = observed.report
+    is_earlier = report is not None and report.received_at < created_at.get((report.run, report.attempt), report.received_at)
+    return replace(
+        observed,
+        former_pods=tuple(pod for pod in observed.former_pods if pod.child_uid in ("", uids.get(pod.child, pod.child_uid))),
+        report=None if is_earlier else report,
+    )
 
 
 def _begin_run(status: FineTuneJobStatus, *, run: str) -> FineTuneJobStatus:

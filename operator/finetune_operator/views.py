@@ -146,9 +146,11 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     """Return the record of a child Job, or None for a Job that does not carry the labels of one."""
     metadata = raw["metadata"]
     labels = metadata.get("labels") or {}
-    if names.LABEL_JOB not in labels:
+    if names.LABEL_JOB not in labels or labels.get(names.LABEL_MANAGED_BY) != names.MANAGED_BY:
         return None
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
+    completions = spec.get("completions") or 1
+    nodes = _read_nodes(spec) or completions
     state, condition = _find_end(status)
     stopped = _find_condition(status, "Suspended")
     finished_at = status.get("completionTime") or condition.get("lastTransitionTime")
@@ -165,7 +167,9 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
         message=condition.get("message", ""),
         created_at=datetime.fromisoformat(metadata["creationTimestamp"]),
         finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
-        nodes=spec.get("completions") or 1,
+        nodes=nodes,
+        is_resized=(completions, spec.get("parallelism", nodes)) != (nodes, nodes),
+        is_owned=labels.get(names.LABEL_JOB_UID) in {each.get("uid") for each in metadata.get("ownerReferences") or ()},
         suspended=bool(spec.get("suspend")),
         suspended_at=_parse_time(stopped.get("lastTransitionTime")) if stopped.get("status") == "True" else None,
         queue=labels.get(names.LABEL_QUEUE) or None,
@@ -175,12 +179,24 @@ def project_child(raw: RawObject) -> Record[ChildView] | None:
     return _build_record(metadata, owner=labels[names.LABEL_JOB], owner_uid=labels.get(names.LABEL_JOB_UID, ""), content=content)
 
 
+def is_passing(raw: RawObject, *, job_uid: str) -> bool:
+    """Return whether a Job whose name a FineTuneJob needs is its own, or goes without anybody's help."""
+    metadata = raw["metadata"]
+    child = project_child(raw)
+    if "deletionTimestamp" in metadata or (child is not None and child.owner_uid == job_uid):
+        return True
+    # The garbage collector is about to remove what a deleted FineTuneJob of the same name has left behind.
+    owners = (each for each in metadata.get("ownerReferences") or () if each.get("kind") == names.KIND)
+    return any(each.get("uid") != job_uid for each in owners)
+
+
 def project_pod(raw: RawObject) -> Record[PodView] | None:
     """Return the record of a trainer pod, or None for a pod that does not carry the labels of one."""
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     labels = metadata.get("labels") or {}
     if names.LABEL_JOB not in labels:
         return None
+    controller = next(_list_controllers(metadata), {})
     placement, disruption = _find_condition(status, "PodScheduled"), _find_condition(status, "DisruptionTarget")
     state = _find_container(status.get("containerStatuses")).get("state") or {}
     waiting, terminated = state.get("waiting") or {}, state.get("terminated") or {}
@@ -191,7 +207,8 @@ def project_pod(raw: RawObject) -> Record[PodView] | None:
         name=metadata["name"],
         uid=metadata["uid"],
         resource_version=metadata["resourceVersion"],
-        child=_find_controller(metadata),
+        child=controller.get("name", ""),
+        child_uid=controller.get("uid", ""),
         run=labels.get(names.LABEL_RUN, ""),
         attempt=_parse_number(labels, names.LABEL_ATTEMPT),
         index=_parse_number(labels, names.LABEL_INDEX),
@@ -308,12 +325,19 @@ def _find_container(containers: list[RawObject] | None) -> RawObject:
     return next((each for each in containers or () if each.get("name") == names.CONTAINER), {})
 
 
-def _find_controller(metadata: RawObject) -> str:
-    return next(_list_controllers(metadata), "")
+def _read_nodes(spec: RawObject) -> int | None:
+    """Return the number of pods that the trainers of a Job are configured for, or None if nothing tells of it."""
+    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers")
+    variables = _find_container(containers).get("env") or ()
+    config = next((each.get("value") for each in variables if each.get("name") == names.ENV_TRAINER_CONFIG), None)
+    try:
+        return int(json.loads(config or "")["world"]["nodes"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
-def _list_controllers(metadata: RawObject) -> Iterator[str]:
-    return (each["name"] for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
+def _list_controllers(metadata: RawObject) -> Iterator[RawObject]:
+    return (each for each in metadata.get("ownerReferences") or () if each.get("controller") and each["kind"] == "Job")
 
 
 def _find_deletion(metadata: RawObject) -> datetime | None:

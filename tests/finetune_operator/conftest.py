@@ -82,6 +82,7 @@ class Objects:
                 "uid": uid or f"uid-{namespace}-{name}",
                 "resourceVersion": str(version),
                 "labels": labels,
+                "ownerReferences": [{"kind": "FineTuneJob", "name": job, "uid": labels["finetune.dev/job-uid"]}],
                 "creationTimestamp": "2026-01-01T00:00:00Z",
                 **metadata,
             },

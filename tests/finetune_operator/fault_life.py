@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +72,11 @@ class Keeper:
 class Chronicle:
     """Counts what comes into being and what goes among the Jobs of a namespace, by a watch of its own."""
 
+    _PLURAL = "jobs"
+
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._version = team.api.get(team.path("jobs"))["metadata"]["resourceVersion"]
+        self._version = team.api.get(team.path(self._PLURAL))["metadata"]["resourceVersion"]
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="chronicle", daemon=True)
         self.added: Counter[str] = Counter()
@@ -115,10 +117,33 @@ class Chronicle:
             http.client.HTTPSConnection(str(address.hostname), address.port, context=api._tls, timeout=60)
         ) as connection:
             query = f"watch=true&allowWatchBookmarks=true&timeoutSeconds=1&resourceVersion={self._version}"
-            connection.request("GET", f"{self._team.path('jobs')}?{query}")
+            connection.request("GET", f"{self._team.path(self._PLURAL)}?{query}")
             answer = connection.getresponse()
             while line := answer.readline():
                 yield json.loads(line)
+
+
+class Witness(Chronicle):
+    """Follows the pods of a namespace, and notes FineTuneJobs of which pods of two attempts had not ended at a time."""
+
+    _PLURAL = "pods"
+
+    def __init__(self, team: Team) -> None:
+        super().__init__(team)
+        self._busy: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        self.overlaps: set[str] = set()
+
+    def _take_in(self, event: dict[str, Any]) -> None:
+        super()._take_in(event)
+        # Whoever takes the labels of a pod does not change whose it is.
+        name = event["object"]["metadata"]["name"]
+        job, run, attempt, *_ = name.rsplit("-", 4)
+        busy = self._busy[job]
+        busy.pop(name, None)
+        if event["type"] in ("ADDED", "MODIFIED") and event["object"]["status"].get("phase") in ("Pending", "Running"):
+            busy[name] = f"{run}-{attempt}"
+        if len(set(busy.values())) > 1:
+            self.overlaps.add(job)
 
 
 @dataclass(frozen=True)

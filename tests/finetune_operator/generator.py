@@ -22,6 +22,7 @@ _TEXTS = {
 }
 # They depend on each other, so they come together from a table.
 _FROM_CASES = ("accelerator", "nodes")
+_IMMUTABLE = ("managedBy",)
 
 
 def generate_spec(choices: random.Random) -> dict[str, Any]:
@@ -31,6 +32,72 @@ def generate_spec(choices: random.Random) -> dict[str, Any]:
     spec = _generate(schema | {"properties": fields}, "", choices)
     case = choices.choice(CASES)
     return dict(spec | case.spec | ({"accelerator": case.accelerator} if case.accelerator else {}))
+
+
+def list_fields() -> tuple[str, ...]:
+    """Return the path of every field that may change, objects included; accelerator stands for nodes as well."""
+    schema = _read_schema()
+    left_out = (*_FROM_CASES, *_IMMUTABLE)
+    paths = [each for name, child in schema["properties"].items() if name not in left_out for each in _list_paths(child, name)]
+    return (*paths, "accelerator")
+
+
+def is_required(path: str) -> bool:
+    """Return whether the object that a field belongs to cannot be without it."""
+    *parents, name = path.split(".")
+    return name in _find_schema(parents).get("required", ())
+
+
+def has_field(spec: dict[str, Any], path: str) -> bool:
+    """Return whether a spec gives this field."""
+    for name in path.split("."):
+        if name not in spec:
+            return False
+        spec = spec[name]
+    return True
+
+
+def put_field(spec: dict[str, Any], path: str, choices: random.Random) -> dict[str, Any]:
+    """Return the spec with another value in this field; the rules between fields may refuse it."""
+    if path == "accelerator":
+        case = choices.choice(CASES)
+        bare = {name: value for name, value in spec.items() if name not in _FROM_CASES}
+        return dict(bare | case.spec | ({"accelerator": case.accelerator} if case.accelerator else {}))
+    return _put(spec, path.split("."), choices, prefix=[])
+
+
+def drop_field(spec: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the spec without this field, as it is with an object that becomes empty."""
+    name, _, rest = path.partition(".")
+    if path == "accelerator":
+        return {each: value for each, value in spec.items() if each not in _FROM_CASES}
+    if rest:
+        return spec | {name: drop_field(spec[name], rest)} if name in spec else spec
+    return {each: value for each, value in spec.items() if each != name}
+
+
+def _put(spec: dict[str, Any], path: list[str], choices: random.Random, *, prefix: list[str]) -> dict[str, Any]:
+    name, *rest = path
+    here = [*prefix, name]
+    schema = _find_schema(here)
+    if not rest:
+        return spec | {name: _generate(schema, ".".join(here), choices)}
+    required = {
+        each: _generate(schema["properties"][each], ".".join([*here, each]), choices) for each in schema.get("required", ())
+    }
+    return spec | {name: _put(spec.get(name, required), rest, choices, prefix=here)}
+
+
+def _list_paths(schema: dict[str, Any], path: str) -> list[str]:
+    inner = schema.get("properties", {}).items()
+    return [path, *(each for name, child in inner for each in _list_paths(child, f"{path}.{name}"))]
+
+
+def _find_schema(path: list[str]) -> dict[str, Any]:
+    schema = _read_schema()
+    for name in path:
+        schema = schema["properties"][name]
+    return schema
 
 
 @functools.cache

@@ -6,11 +6,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from finetune_api.v1alpha1 import FineTuneJobStatus
+from finetune_api import names
+from finetune_api.contract import compute_run
+from finetune_api.v1alpha1 import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.controller import Controller
 from finetune_operator.errors import ApiError, ConflictError, NotFoundError, RefusedError, RewoundError, build_api_error
+from finetune_operator.manifests.owner import build_owner
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import JobView
+from finetune_operator.observed import ChildView, JobView
 from finetune_operator.outcome import Deletion, EventNote
 from finetune_operator.queue import WorkQueue
 from finetune_operator.settings import TrainerSettings
@@ -50,6 +53,11 @@ class FakeCluster:
         if current["metadata"]["resourceVersion"] != job.resource_version:
             raise ConflictError("the object has been modified", status=409, reason="Conflict")
         return self.put(Kind.FINETUNEJOB, current | {"status": status.model_dump(mode="json", by_alias=True, exclude_none=True)})
+
+    async def adopt_child(self, job: JobView, child: ChildView) -> RawObject:
+        self._note(f"adopt {child.name}")
+        current = await self._find(Kind.JOB, (job.namespace, child.name))
+        return self.put(Kind.JOB, current | {"metadata": current["metadata"] | {"ownerReferences": [build_owner(job)]}})
 
     async def delete_child(self, namespace: str, deletion: Deletion) -> RawObject:
         self._note(f"delete {deletion.name}")
@@ -325,6 +333,52 @@ async def test_name_of_a_predecessors_child_is_waited_for(bench: Bench) -> None:
     requests = await bench.wake()
 
     assert any(each.startswith("apply") for each in requests)
+
+
+async def test_name_that_another_job_has_is_shown_until_it_is_free(bench: Bench) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    bench.store.purge(Kind.JOB, [child.uid])
+    metadata = bench.cluster.objects[Kind.JOB, child.key]["metadata"]
+    bench.cluster.put(Kind.JOB, {"metadata": metadata | {"labels": {}}})
+    requests = await bench.wake()
+    assert ["get", "status"] == [each.split()[0] for each in requests]
+    assert "NameTaken" == bench.state
+    del bench.cluster.objects[Kind.JOB, child.key]
+    bench.now += 1
+    await bench.work()
+
+    assert "Pending" == bench.state
+    assert [2] == [each.content.attempt for each in bench.store.children]
+
+
+async def test_first_name_that_another_job_has_is_shown(bench: Bench) -> None:
+    job = bench.show(bench.objects.job())
+    name = names.child_name("emoji", compute_run(FineTuneJobSpec.model_validate(job["spec"])), 1)
+    bench.cluster.put(Kind.JOB, {"metadata": {"name": name, "namespace": "team", "uid": "foreign"}})
+    bench.cluster.failures["apply"] = [_conflict(".spec.backoffLimit")]
+    requests = await bench.wake()
+
+    assert ["apply", "get", "status"] == [each.split()[0] for each in requests]
+    assert "NameTaken" == bench.state
+
+
+@pytest.mark.parametrize(("deletion", "num_adoptions"), [({}, 1), ({"deletionTimestamp": "2026-01-01T00:00:00Z"}, 0)])
+async def test_child_without_its_owner_gets_it_back_unless_its_job_lets_it_go(
+    bench: Bench, deletion: dict[str, str], num_adoptions: int
+) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    raw = bench.cluster.objects[Kind.JOB, child.key]
+    hidden = bench.cluster.objects[Kind.FINETUNEJOB, _KEY]
+    bench.cluster.put(Kind.FINETUNEJOB, hidden | {"metadata": hidden["metadata"] | deletion})  # the watch has not shown it yet
+    bench.show(raw | {"metadata": raw["metadata"] | {"ownerReferences": []}}, Kind.JOB)
+    requests = await bench.wake()
+
+    assert num_adoptions == requests.count(f"adopt {child.name}")
+    assert [] == await bench.wake()
 
 
 async def test_attempt_whose_deletion_was_only_seen_is_checked_before_the_next(bench: Bench) -> None:

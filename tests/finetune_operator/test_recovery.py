@@ -252,6 +252,17 @@ def test_other_resources_revive_a_run_that_did_not_start_in_time() -> None:
     assert ("Pending", 2, world.now) == (world.state, world.status.attempt, world.status.pending_since)
 
 
+@pytest.mark.parametrize("policy", [{}, {"startDeadlineSeconds": 31}])
+def test_later_or_no_start_deadline_revives_a_run_that_did_not_start_in_time(policy: dict[str, Any]) -> None:
+    world = _policy(startDeadlineSeconds=30).pod(**_PENDING).wait(30).settle().collect()
+    world.wait(500).change(runPolicy={"startDeadlineSeconds": 30, "backoffLimit": 5}).settle()
+    assert "Failed" == world.state
+
+    world.change(runPolicy=policy).settle()
+
+    assert ("Pending", 2, world.now) == (world.state, world.status.attempt, world.status.pending_since)
+
+
 def test_active_deadline_counts_the_running_time_of_all_attempts() -> None:
     world = _policy(activeDeadlineSeconds=100).wait(500).run().wait(60).exit(1).wait(500).settle().wait(500).run()
     assert (60, 40) == (world.status.active_seconds, world.reconcile().requeue_after)
@@ -373,6 +384,38 @@ def test_last_word_of_an_earlier_run_is_not_the_new_ones() -> None:
     world.end(75, message=build_report(checkpoint=world.checkpoint(step=6))).collect().settle()
 
     assert (1, None) == (world.status.attempt, world.status.checkpoint)
+
+
+def test_attempt_whose_number_of_pods_somebody_changed_is_replaced() -> None:
+    world = World(spec=SPEC | {"nodes": 2}).settle().run()
+    world.children[world.newest.name] = replace(world.newest, is_resized=True)
+    assert "changed the number of pods" in world.reconcile().events[0].message
+
+    world.settle().collect()
+
+    assert ("Pending", 2, 0) == (world.state, world.status.attempt, world.status.restarts)
+
+
+def test_run_that_returns_does_not_take_its_earlier_trainers_for_the_new_ones() -> None:
+    world = World().settle().run().wait(60).post(progress_percentage=40).settle()
+    world.change(hyperparameters={"seed": 7}, suspend=True).settle().collect().wait(5)
+    world.change(hyperparameters={}, suspend=False).settle()
+    assert ("Pending", 1) == (world.state, world.status.attempt)
+    assert "waiting for the trainer's pod" in world.message
+
+    world.run()
+
+    assert ("Running", None) == (world.state, world.status.trainer_status)
+
+
+def test_run_that_returns_to_its_queue_is_not_complete_by_its_earlier_model() -> None:
+    world = World(labels={"kueue.x-k8s.io/queue-name": "a"}).settle().admit().settle().run().exit(0, message=PUBLISHED)
+    assert "Complete" == world.state
+    world.change(hyperparameters={"seed": 7}, suspend=True).settle().collect()
+
+    world.change(hyperparameters={}, suspend=False).settle()
+
+    assert "Queued" == world.state
 
 
 def test_lost_time_is_what_lies_between_the_checkpoint_and_the_end() -> None:

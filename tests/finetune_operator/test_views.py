@@ -294,6 +294,28 @@ def test_child_knows_its_number_of_pods(objects: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        pytest.param({"completions": 2, "parallelism": 2}, False, id="as it was created"),
+        pytest.param({"completions": 3, "parallelism": 3}, True, id="more"),
+        pytest.param({"completions": 1, "parallelism": 1}, True, id="fewer"),
+        pytest.param({"completions": 2, "parallelism": 0}, True, id="not all at once"),
+    ],
+)
+def test_child_knows_whether_somebody_changed_its_number_of_pods(objects: Any, *, spec: dict[str, Any], expected: bool) -> None:
+    variable = {"name": "FINETUNE_TRAINER_CONFIG", "value": '{"world":{"nodes":2}}'}
+    template = {"spec": {"containers": [{"name": "trainer", "env": [variable]}]}}
+    child = _project_child(objects.child() | {"spec": spec | {"template": template}})
+
+    assert (2, expected) == (child.nodes, child.is_resized)
+
+
+def test_child_knows_whether_it_goes_with_its_job(objects: Any) -> None:
+    assert _project_child(objects.child()).is_owned
+    assert not _project_child(objects.child(ownerReferences=[{"kind": "FineTuneJob", "uid": "another"}])).is_owned
+
+
+@pytest.mark.parametrize(
     ("reason", "expected"),
     [("OutOfnvidia.com/gpu", "OutOfnvidiacomgpu"), ("Evicted", "Evicted"), ("", None), ("-", None), (None, None)],
 )

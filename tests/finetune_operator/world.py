@@ -22,6 +22,7 @@ from finetune_operator.reconcile import reconcile, refuse
 from finetune_operator.settings import TrainerSettings
 from finetune_operator.snapshot import parse_snapshot
 from finetune_operator.views import project_profile
+from pydantic import ValidationError
 from statuses import record
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -133,8 +134,12 @@ class World:
 
     @property
     def job(self) -> JobView:
-        spec = FineTuneJobSpec.model_validate(self.spec)
-        return build_view(spec=spec, status=self.status, generation=self.generation, queue_labels=self.labels)
+        spec, error = None, None
+        try:
+            spec = FineTuneJobSpec.model_validate(self.spec)
+        except ValidationError as problem:
+            error = str(problem)
+        return build_view(spec=spec, spec_error=error, status=self.status, generation=self.generation, queue_labels=self.labels)
 
     @property
     def observed(self) -> Observed:
@@ -212,7 +217,7 @@ class World:
         for manifest in outcome.apply:
             if next(done, None) is None:
                 return
-            if manifest["kind"] == "Service":
+            if manifest["kind"] != "Job":
                 self.services.append(manifest)
                 continue
             assert not [pod for pod in self.pods.values() if not pod.is_ended], "two trainers would write to one folder"
@@ -222,7 +227,7 @@ class World:
             assert name not in self.children, "a Job is never applied twice"
             self.children[name] = build_child(
                 name=name,
-                uid=f"uid-{name}",
+                uid=f"uid-{name}-{len(self.manifests)}",
                 run=labels["finetune.dev/run"],
                 attempt=int(labels["finetune.dev/attempt"]),
                 pod_shape=labels["finetune.dev/pod-shape"],
@@ -274,7 +279,14 @@ class World:
         """Show or change a pod of the newest attempt."""
         child = self.newest
         name = f"{child.name}-{index}"
-        created = {"child": child.name, "run": child.run, "attempt": child.attempt, "index": index, "created_at": self.now}
+        created = {
+            "child": child.name,
+            "child_uid": child.uid,
+            "run": child.run,
+            "attempt": child.attempt,
+            "index": index,
+            "created_at": self.now,
+        }
         known = self.pods.get(name) or build_pod(name=name, uid=f"uid-{name}-{self.now}", phase="Pending", **created)
         self.pods[name] = replace(known, **fields)
         return self

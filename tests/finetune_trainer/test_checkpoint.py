@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,15 @@ class Trainer:
     storage: Storage
     attempt: int = 1
     run: str = "run-1"
+    uid: str = "uid-1"
+    generation: int = 1
     keep: int = 2
     identity: dict[str, str] = field(default_factory=lambda: IDENTITY)
     elapsed_seconds: float = 12.5
     progress: Progress = field(default_factory=lambda: Progress(Budget(None, 0.0), (), with_finetune=True))
 
     def __post_init__(self) -> None:
-        fence = Fence(self.storage, run=self.run, attempt=self.attempt)
+        fence = Fence(self.storage, run=self.run, attempt=self.attempt, uid=self.uid, generation=self.generation)
         fence.raise_up("the folder")
         writer = Writer(
             self.run,
@@ -211,6 +214,18 @@ def test_new_run_takes_the_folder_over(storage: Storage) -> None:
     assert Trainer(storage, run="run-2", attempt=1).save(1.0)
     with pytest.raises(PreemptedError):
         old.save(2.0)
+
+
+@pytest.mark.parametrize("successor", [{"uid": "uid-2"}, {"generation": 4}], ids=["created anew", "returned to an earlier spec"])
+def test_run_that_begins_once_more_takes_the_folder_over_and_goes_on(storage: Storage, successor: dict[str, Any]) -> None:
+    old = Trainer(storage, attempt=3, generation=2)
+    old.save(1)
+    new = Trainer(storage, attempt=1, **successor)
+
+    assert 1 == new.load()
+    assert new.save(2)
+    with pytest.raises(PreemptedError):
+        old.save(3)
 
 
 def test_clearing_leaves_nothing_but_the_claim(storage: Storage) -> None:

@@ -20,20 +20,27 @@ class Claim:
     run: str
     attempt: int
     token: str
+    uid: str = ""
+    generation: int = 0
+
+    def is_later_than(self, other: "Claim") -> bool:
+        """Return whether this is a later attempt of the same run. That of a FineTuneJob that was deleted is none."""
+        is_same = (self.run, self.uid) == (other.run, other.uid)
+        return is_same and (self.generation, self.attempt) > (other.generation, other.attempt)
 
 
 class Fence:
     """Says whether this trainer still is the one that may write."""
 
-    def __init__(self, storage: Storage, *, run: str, attempt: int) -> None:
+    def __init__(self, storage: Storage, *, run: str, attempt: int, uid: str = "", generation: int = 0) -> None:
         self._storage = storage
-        self._claim = Claim(run, attempt, secrets.token_hex(8))
+        self._claim = Claim(run, attempt, secrets.token_hex(8), uid, generation)
 
     def raise_up(self, location: str) -> None:
         """Claim the folder; leave it to a later attempt of the same run."""
         try:
             held = self._read()
-            if held is not None and held.run == self._claim.run and held.attempt > self._claim.attempt:
+            if held is not None and held.is_later_than(self._claim):
                 raise _superseded(self._claim, held)
             self._storage.write(FENCE_FILE, json.dumps(asdict(self._claim)).encode())
             self._storage.clean()

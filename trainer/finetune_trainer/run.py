@@ -105,7 +105,7 @@ def _run(setting: Setting) -> TrainerReport:
         return _carry_out(_prepare_job(setting, None))
 
     storage = open_storage(config.checkpoint_path)
-    fence = Fence(storage, run=config.run, attempt=config.attempt)
+    fence = Fence(storage, run=config.run, attempt=config.attempt, uid=config.uid, generation=config.generation)
     fence.raise_up(config.checkpoint_path)
     used_seconds = max(elapsed.read(), read_elapsed_seconds(storage, run=config.run))
     setting.budget.used_seconds = group.broadcast_json(used_seconds)

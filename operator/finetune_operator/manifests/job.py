@@ -37,6 +37,8 @@ def build_job(
         namespace=job.namespace,
         name=job.name,
         attempt=attempt,
+        uid=job.uid,
+        generation=job.generation,
         micro_batch_divisor=micro_batch_divisor,
         grace_seconds=settings.termination_grace_seconds,
         training_seconds=training_seconds,

@@ -12,6 +12,7 @@ _CAUSES = (
     ("ValidatingAdmissionPolicy", "AdmissionDenied", "ask the owner of the policy"),
     ("conflict with", "FieldConflict", "another manager has changed the object: undo that, or delete the object"),
     ("conflicts with", "FieldConflict", "other managers have changed the object: undo that, or delete the object"),
+    ("is not this FineTuneJob's", "NameTaken", "delete it, or give it its labels back; the operator looks again by itself"),
     ("forbidden", "Forbidden", "ask the administrator of the cluster"),
 )
 
