@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kubernetes.aio.config import kube_config
+
 
 class Nursling:
     """A process of a nursery, to be used as a subprocess.Popen."""
@@ -148,6 +150,8 @@ def _become_operator(program: Any, request: dict[str, Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.closerange(3, 256)
         os.environ.update(request["environment"])  # noqa: TID251  the environment of a process that begins
+        # The client reads the variable as it is loaded.
+        kube_config.KUBE_CONFIG_DEFAULT_LOCATION = request["environment"]["KUBECONFIG"]
         status = program.main()
     except BaseException:  # noqa: BLE001  nothing may go on to run the nursery's loop
         traceback.print_exc()
