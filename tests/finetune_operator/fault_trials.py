@@ -44,6 +44,8 @@ class Stage:
     def live(self, after_step: Callable[[str], object] = str) -> None:
         """Lead a FineTuneJob through its whole life."""
         with self.keeper:
+            # What comes before it watches is in none of the events.
+            self.operator.wait_until_ready()
             self.end = live(self.team, after_step=after_step)
 
     def restart_on(self, *exits: int, heal: bool = False) -> None:

@@ -89,24 +89,28 @@ def test_kills_errors_and_lost_answers_by_turns_change_nothing(trials: Trials) -
     })  # fmt: skip
 
 
-def _count_writes(trials: Trials) -> int:
-    """Return how many writes a life has that nothing disturbs; they differ by some, as changes of status may coincide."""
-    counts: list[int] = []
+_COUNTED: list[int] = []
+"""How many writes lives had that nothing disturbed; they differ by some, as changes of status may coincide."""
 
-    def act(stage: Stage) -> int:
-        stage.live()
-        counts.append(len(stage.proxy.writes))
-        return 0
 
-    trials.run({"none": [act] * 3})
-    print("writes of a life:", counts)
-    return max(counts)
+def _live_and_count(stage: Stage) -> int:
+    stage.live()
+    _COUNTED.append(len(stage.proxy.writes))
+    return 0
+
+
+def _list_points(trials: Trials) -> range:
+    """Return the numbers of the writes of a life."""
+    if not _COUNTED:
+        trials.run({"none": [_live_and_count] * 3})
+        print("writes of a life:", _COUNTED)
+    return range(1, max(_COUNTED) + 1)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_kill_before_and_after_each_write_changes_nothing(trials: Trials) -> None:
-    points = range(1, _count_writes(trials) + 1)
+    points = _list_points(trials)
 
     trials.run({
         "SIGKILL before the nth write, for each n": [_kill(nth=nth, is_after=False) for nth in points],
@@ -118,7 +122,7 @@ def test_kill_before_and_after_each_write_changes_nothing(trials: Trials) -> Non
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", _ANSWERS)
 def test_fault_of_each_single_write_changes_nothing(trials: Trials, name: str) -> None:
-    points = range(1, _count_writes(trials) + 1)
+    points = _list_points(trials)
 
     trials.run({f"{name} at the nth write, for each n": [_answer(_ANSWERS[name], nth=nth) for nth in points]})
 
