@@ -78,6 +78,15 @@ class Api:
             pair.flush()
             self._tls.load_cert_chain(pair.name)
         self._headers: dict[str, str] = {}
+        self._connection: http.client.HTTPSConnection | None = None
+
+    @contextlib.contextmanager
+    def keep_open(self) -> Iterator["Api"]:
+        """Return the same for one thread, with one connection for all of its requests."""
+        other = copy.copy(self)
+        with contextlib.closing(self.open()) as connection:
+            other._connection = connection
+            yield other
 
     def acting_as(self, user: str) -> "Api":
         """Return the same API server as a user sees it."""
@@ -87,11 +96,21 @@ class Api:
 
     def request(self, method: str, path: str, body: Any = None, *, type: str = "application/json") -> tuple[int, Any]:
         """Return the status and the parsed body of the answer."""
-        with contextlib.closing(self.open()) as connection:
-            headers = self._headers | {"Content-Type": type}
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+        if self._connection is None:
+            with contextlib.closing(self.open()) as connection:
+                return self._send(connection, method, path, body, type=type)
+        try:
+            return self._send(self._connection, method, path, body, type=type)
+        except ConnectionError:
+            # The API server closes what is idle for long; the connection opens again by itself.
+            self._connection.close()
+            return self._send(self._connection, method, path, body, type=type)
+
+    def _send(self, connection: http.client.HTTPSConnection, method: str, path: str, body: Any, *, type: str) -> tuple[int, Any]:
+        headers = self._headers | {"Content-Type": type}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
 
     def open(self) -> http.client.HTTPSConnection:
         """Return a connection, which its owner closes."""

@@ -191,6 +191,17 @@ class Cluster:
                 return Listing(version=int(chunk["metadata"]["resourceVersion"]), objects=objects)
             query = query | {"continue": token}
 
+    async def list_pods(self, namespace: str, child: str) -> tuple[RawObject, ...]:
+        """Return the pods of a child Job as the API server has them at this time."""
+        query = {"labelSelector": f"{SELECTOR},batch.kubernetes.io/job-name={child}", "limit": str(_CHUNK)}
+        pods: list[RawObject] = []
+        while True:
+            chunk = await self._request("list", _path(Kind.POD, namespace), resource=Kind.POD.value, query=query)
+            pods += chunk.get("items") or ()
+            if not (token := chunk["metadata"].get("continue")):
+                return tuple(pods)
+            query = query | {"continue": token}
+
     async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
         """Return why the Job controller could not create pods for the Job of this uid, the latest last.
 

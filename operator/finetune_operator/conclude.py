@@ -22,6 +22,7 @@ def conclude(job: JobView, step: Step, *, now: datetime, settings: TrainerSettin
     is_written = is_changed and not delay
     events = (*step.events, *_note_transition(job.status, step.state))
     return Outcome(
+        confirm=step.confirm,
         delete=tuple(Deletion(name=each.name, uid=each.uid, resource_version=each.resource_version) for each in step.delete),
         absent=step.absent,
         apply=step.apply,

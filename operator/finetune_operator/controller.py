@@ -45,6 +45,9 @@ class ClusterWriter(Protocol):
     async def get(self, kind: Kind, key: Key) -> RawObject:
         """Return an object as the API server has it at this time."""
 
+    async def list_pods(self, namespace: str, child: str) -> tuple[RawObject, ...]:
+        """Return the pods of a Job as the API server has them at this time."""
+
     async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
         """Return why no pods could be created for a Job, the latest last."""
 
@@ -120,6 +123,9 @@ class Controller:
             return "success"
         job, observed = seen
         outcome = reconcile(job, observed, now=self._clock(), settings=self._settings)
+        if outcome.confirm is not None and not await self._is_confirmed(job, observed, outcome.confirm):
+            self._queue.add(key)
+            return "requeue"
         for deletion in outcome.delete:
             await self._delete(job, deletion)
         for child in outcome.adopt:
@@ -143,6 +149,16 @@ class Controller:
         if outcome.inspect is not None:
             await self._inspect(job, outcome.inspect)
         return "success"
+
+    async def _is_confirmed(self, job: JobView, observed: Observed, child: ChildView) -> bool:
+        """Return whether the pods of a child are as they were seen, and bring the store up to date."""
+        for raw in await self._cluster.list_pods(job.namespace, child.name):
+            self._store.observe(Kind.POD, raw)
+        seen = self._store.read(job.key)
+        if seen is not None and seen[1].pods == observed.pods:
+            return True
+        logger.warning("the watch of pods lags behind what Job %s/%s has", job.namespace, child.name)
+        return False
 
     async def _delete(self, job: JobView, deletion: Deletion) -> None:
         """Delete a child. One that is gone or has changed is looked at anew."""
@@ -253,7 +269,7 @@ class Controller:
             self._store.purge(Kind.FINETUNEJOB, (job.uid,))
 
     async def _look(self, kind: Kind, key: Key) -> RawObject:
-        """Return an object, and bring the store up to date with the API server, which never has less than was seen before it is asked."""
+        """Return an object and take it in. The API server never has less than was seen before it is asked."""
         seen = self._store.find(kind, key)
         raw = await self._cluster.get(kind, key)
         metadata = raw["metadata"]

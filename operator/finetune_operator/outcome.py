@@ -39,6 +39,9 @@ class EventNote:
 class Outcome:
     """What to do, in this order. An empty outcome is a reconcile that found nothing to do."""
 
+    confirm: ChildView | None = None
+    """A child Job that ended while its pods, as they were seen, do not show how: the API server itself must show the same, or
+    the view is refreshed and the key reconciled again."""
     delete: tuple[Deletion, ...] = ()
     adopt: tuple[ChildView, ...] = ()
     """Child Jobs that have lost their ownerReference, without which nothing would remove them with their FineTuneJob."""

@@ -40,6 +40,7 @@ from finetune_operator.waiting import (
     explain_overdue,
     find_overdue,
     keep_state,
+    shows_end,
     wait_for_end,
     wait_for_pods,
     wait_for_removal,
@@ -191,7 +192,9 @@ def _settle(context: Context, current: ChildView) -> Step:
     words = report if root is gang.leader else find_last_word(root)
     # What was reported since the last write: how far the attempt came.
     context = _show_progress(context, current)
-    return fail(context, current, verdict=classify_failure(current, root, report=words, spec=context.spec), gang=gang)
+    step = fail(context, current, verdict=classify_failure(current, root, report=words, spec=context.spec), gang=gang)
+    # A watch that is deaf must not make a failure one that counts for nothing.
+    return step if shows_end(current, gang=gang) else replace(step, confirm=current)
 
 
 def _go_on(context: Context) -> Step:

@@ -22,6 +22,7 @@ class Step:
 
     state: State
     status: FineTuneJobStatus
+    confirm: ChildView | None = None
     delete: tuple[ChildView, ...] = ()
     absent: tuple[str, ...] = ()
     apply: tuple[dict[str, Any], ...] = ()

@@ -76,11 +76,16 @@ def keep_state(context: Context, current: ChildView) -> State:
 
 def compute_evidence_delay(context: Context, child: ChildView, *, gang: Gang) -> float:
     """Return for how long the last status of a pod that has the cause may still be on its way."""
-    ended = [pod for pod in gang.pods if pod.is_ended]
-    if len(ended) == len(gang.pods) and (len(ended) >= child.nodes or has_cause(gang)):
+    if shows_end(child, gang=gang):
         return 0
     elapsed = (context.now - (child.finished_at or context.now)).total_seconds()
     return max(0.0, context.settings.evidence_seconds - elapsed)
+
+
+def shows_end(child: ChildView, *, gang: Gang) -> bool:
+    """Return whether the pods of an attempt show how it ended."""
+    ended = [pod for pod in gang.pods if pod.is_ended]
+    return len(ended) == len(gang.pods) and (len(ended) >= child.nodes or has_cause(gang))
 
 
 def find_overdue(context: Context) -> tuple[PodView | None, float | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
+from fault_trials import FAILOVERS, TABLE, Trials, format_failovers
 from harness import (
     SPEC,
     Operator,
@@ -18,6 +19,7 @@ from harness import (
     write_certificate,
     write_kubeconfig,
 )
+from nursery import Nursery
 
 
 class Objects:
@@ -143,11 +145,7 @@ def team(api: Any) -> Iterator[Team]:
     """A namespace of the test's own."""
     team = Team(api, f"team-{secrets.token_hex(4)}")
     yield team
-    if api.exists(team.profile_path):
-        api.delete(team.profile_path)
-    for job in api.get(team.path("finetunejobs"))["items"]:
-        api.delete(team.path("finetunejobs", job["metadata"]["name"]))
-    api.delete(f"/api/v1/namespaces/{team.namespace}")
+    team.remove()
 
 
 @pytest.fixture
@@ -227,3 +225,28 @@ def proxy(api: Any, operator: Operator, tmp_path: Path) -> Iterator[FaultProxy]:
         yield proxy
         # It ends before the proxy does, or its log would tell of an API server that is gone.
         operator.stop()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where operators start in a moment."""
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def trials(
+    api: Any, tls: tuple[Path, Path], tmp_path: Path, nursery: Nursery, requests: Callable[[], list[dict[str, Any]]]
+) -> Trials:
+    """Lives of FineTuneJobs side by side."""
+    return Trials(api, tls=tls, folder=tmp_path, nursery=nursery, read_requests=requests)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what became of all trials of faults, and how long it took until another operator led."""
+    if TABLE.rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(str(TABLE))
+    if FAILOVERS:
+        terminalreporter.section("failovers")
+        terminalreporter.write_line(format_failovers())

@@ -3,10 +3,7 @@
 import contextlib
 import http.client
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -34,13 +31,13 @@ class Keeper:
 
     def __init__(self, operator: Operator, *, on_exit: Callable[[], object] = lambda: None) -> None:
         self._operator = operator
-        self._on_exit = on_exit
+        self.on_exit = on_exit
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self.exits: list[int] = []
 
     def __enter__(self) -> "Keeper":
-        self._launch()
+        self._operator.launch()
         self._thread.start()
         return self
 
@@ -50,23 +47,14 @@ class Keeper:
 
     def kill(self) -> None:
         """Kill the process at once, without waiting for its end."""
-        assert self._operator._process is not None
-        os.kill(self._operator._process.pid, signal.SIGKILL)
-
-    def _launch(self) -> None:
-        with self._operator._log.open("ab") as log:
-            command = [sys.executable, "-m", "finetune_operator"]
-            environment = os.environ | self._operator._environment  # noqa: TID251  the operator's own is added to that of the test
-            self._operator._process = subprocess.Popen(command, env=environment, stderr=log)
+        self._operator.send(signal.SIGKILL)
 
     def _keep(self) -> None:
         while not self._is_over.wait(0.02):
-            process = self._operator._process
-            assert process is not None
-            if process.poll() is not None:
-                self.exits.append(process.returncode)
-                self._on_exit()
-                self._launch()
+            if (status := self._operator.exit_status) is not None:
+                self.exits.append(status)
+                self.on_exit()
+                self._operator.launch()
 
 
 class Chronicle:
@@ -197,7 +185,7 @@ def live(team: Team, *, after_step: Callable[[str], object] = str) -> End:
         after_step("complete")
         status = team.status()
         team.api.delete(team.path("finetunejobs", "emoji"))
-        wait_until(lambda: not team.children() and not team.pods(), what="all is gone", seconds=_SECONDS)
+        wait_until(lambda: not team.children() and not team.pods(), what="all is gone", seconds=_SECONDS, every=0.1)
         after_step("deleted")
         chronicle.close()
     return build_end(status, chronicle)
@@ -211,7 +199,7 @@ def run_attempt(team: Team, attempt: int, name: str = "emoji") -> dict[str, Any]
         pods = [pod for pod in team.pods() if pod["metadata"]["labels"].get("job-name") == suffix]
         return pods[0] if len(pods) == 1 else None
 
-    pod: dict[str, Any] = wait_until(find, what=f"there is a pod of attempt {attempt} of {name}", seconds=_SECONDS)
+    pod: dict[str, Any] = wait_until(find, what=f"there is a pod of attempt {attempt} of {name}", seconds=_SECONDS, every=0.1)
     team.run_pod(pod)
     await_state(team, "Running", name)
     return pod
@@ -224,7 +212,7 @@ def await_state(team: Team, state: str, name: str = "emoji") -> None:
         job = team.job(name)
         return team.state(name) == state and job["status"]["observedGeneration"] == job["metadata"]["generation"]
 
-    wait_until(is_there, what=f"{name} is {state}", seconds=_SECONDS)
+    wait_until(is_there, what=f"{name} is {state}", seconds=_SECONDS, every=0.1)
 
 
 def build_end(status: dict[str, Any], chronicle: Chronicle) -> End:

@@ -256,8 +256,9 @@ class FaultProxy:
     async def _start(self) -> None:
         upstream = ssl.create_default_context(cadata=self._trusted)
         # The test's own certificate of the API server names addresses as well as names.
+        self._connector = aiohttp.TCPConnector(limit=0, ssl=upstream)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=upstream),
+            connector=self._connector,
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=_LINE_BYTES,
             skip_auto_headers=("Content-Type", "User-Agent"),
@@ -274,12 +275,14 @@ class FaultProxy:
     async def _stop(self) -> None:
         await self._cut(None)
         await self._runner.cleanup()
-        await self._session.close()
-        await asyncio.sleep(0.05)  # TLS connections of aiohttp end after close() has returned
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        # On a busy machine the end of a TLS connection takes longer than its loop lasts.
+        await self._connector.close(abort_ssl=True)
+        await self._session.close()
+        await asyncio.sleep(0.2)  # each transport tells of its end in a turn of the loop after that
 
     async def _cut(self, resource: str | None) -> int:
         cut = [raw for raw, request in self._watches.values() if resource in (None, request.resource)]

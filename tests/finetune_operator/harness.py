@@ -1,6 +1,7 @@
 """What tests on a control plane without a node need: a team's namespace, and operator processes for it."""
 
 import base64
+import copy
 import json
 import os
 import signal
@@ -11,10 +12,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from accelerators import RAW_CLASSES
@@ -52,7 +53,7 @@ LEASE_RULES = _read_rules("leaseRules")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
-def wait_until(check: Callable[[], Any], *, what: str, seconds: float = 60) -> Any:
+def wait_until(check: Callable[[], Any], *, what: str, seconds: float = 60, every: float = 0.05) -> Any:
     """Return the first true value of a check; a check that fails an assertion is tried again as well."""
     deadline = time.monotonic() + seconds
     while True:
@@ -64,16 +65,39 @@ def wait_until(check: Callable[[], Any], *, what: str, seconds: float = 60) -> A
             problem = repr(error)
         if time.monotonic() > deadline:
             raise AssertionError(f"not seen within {seconds} s: {what} ({problem})")
-        time.sleep(0.05)
+        time.sleep(every)
+
+
+class Process(Protocol):
+    """What is used of a subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Spawn = Callable[[Mapping[str, str], Path], Process]
+
+
+def spawn_operator(environment: Mapping[str, str], log: Path) -> Process:
+    """Start an operator with this added to the environment; it writes into a log."""
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "finetune_operator"]
+        return subprocess.Popen(command, env=os.environ | environment, stderr=file)  # noqa: TID251
 
 
 class Operator:
     """An operator process of a test, limited to one namespace, with the rights of the chart's Role."""
 
-    def __init__(self, *, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, *, environment: dict[str, str], log: Path, spawn: Spawn = spawn_operator) -> None:
         self._environment = environment
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._spawn = spawn
+        self._process: Process | None = None
         self.report_port = environment["FINETUNE_REPORT_PORT"]
         self.report_url = environment["FINETUNE_REPORT_URL"]
 
@@ -83,9 +107,7 @@ class Operator:
 
     def launch(self) -> None:
         """Start the process and do not wait."""
-        with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "finetune_operator"]
-            self._process = subprocess.Popen(command, env=os.environ | self._environment, stderr=log)  # noqa: TID251
+        self._process = self._spawn(self._environment, self._log)
 
     def wait_until_ready(self) -> "Operator":
         # On a machine that is very busy a process takes minutes to begin.
@@ -160,6 +182,20 @@ class Team:
         self.api = api
         self.namespace = namespace
         api.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+
+    def seen_by(self, api: Any) -> "Team":
+        """Return the same team, for another thread."""
+        other = copy.copy(self)
+        other.api = api
+        return other
+
+    def remove(self) -> None:
+        """Delete the namespace with all that is in it, and the team's profile."""
+        if self.api.exists(self.profile_path):
+            self.api.delete(self.profile_path)
+        for job in self.api.get(self.path("finetunejobs"))["items"]:
+            self.api.delete(self.path("finetunejobs", job["metadata"]["name"]))
+        self.api.delete(f"/api/v1/namespaces/{self.namespace}")
 
     def path(self, plural: str, name: str = "") -> str:
         prefix = {"finetunejobs": "/apis/finetune.dev/v1alpha1", "jobs": "/apis/batch/v1"}.get(plural, "/api/v1")
@@ -278,7 +314,15 @@ class Team:
         return str(self.api.create(self.path("serviceaccounts", "default") + "/token", request)["status"]["token"])
 
 
-def build_operator(team: Team, *, tls: tuple[Path, Path], folder: Path, name: str = "operator", **settings: str) -> Operator:
+def build_operator(
+    team: Team,
+    *,
+    tls: tuple[Path, Path],
+    folder: Path,
+    name: str = "operator",
+    spawn: Spawn = spawn_operator,
+    **settings: str,
+) -> Operator:
     """Return an operator for a team's namespace, with the kubeconfig of a folder, not started yet; several need other names."""
     certificate, key = tls
     ports = {f"FINETUNE_{each}_PORT": str(find_port()) for each in ("REPORT", "METRICS", "HEALTH")}
@@ -299,7 +343,7 @@ def build_operator(team: Team, *, tls: tuple[Path, Path], folder: Path, name: st
         "FINETUNE_LEASE_NAMESPACE": team.namespace,
     }
     settings = {f"FINETUNE_{each.upper()}": value for each, value in settings.items()}
-    return Operator(environment=environment | settings, log=folder / f"{name}.log")
+    return Operator(environment=environment | settings, log=folder / f"{name}.log", spawn=spawn)
 
 
 def grant_rights(team: Team, *, clusterwide: bool = False) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from harness import Operator, Team, build_operator, wait_until
+from harness import Operator, Spawn, Team, build_operator, spawn_operator, wait_until
 
 LEASE = "finetune-operator"
 _WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
@@ -15,10 +15,20 @@ _WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 class Replicas:
     """Operators that elect their leader."""
 
-    def __init__(self, team: Team, *, tls: tuple[Path, Path], folder: Path, lease: tuple[str, str, str], number: int = 2) -> None:
+    def __init__(
+        self,
+        team: Team,
+        *,
+        tls: tuple[Path, Path],
+        folder: Path,
+        lease: tuple[str, str, str],
+        number: int = 2,
+        spawn: Spawn = spawn_operator,
+    ) -> None:
         self._team = team
         self.operators = [
-            build_operator(team, tls=tls, folder=folder, name=f"operator-{index}", **election(lease)) for index in range(number)
+            build_operator(team, tls=tls, folder=folder, name=f"operator-{index}", spawn=spawn, **election(lease))
+            for index in range(number)
         ]
 
     def start(self) -> "Replicas":

@@ -71,6 +71,11 @@ class FakeCluster:
         self._note(f"get {key[1]}")
         return await self._find(kind, key)
 
+    async def list_pods(self, namespace: str, child: str) -> tuple[RawObject, ...]:
+        self._note(f"pods {child}")
+        pods = (raw for (kind, key), raw in self.objects.items() if kind is Kind.POD and key[0] == namespace)
+        return tuple(raw for raw in pods if raw["metadata"]["ownerReferences"][0]["name"] == child)
+
     async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
         self._note(f"refusals {uid}")
         return tuple(self.refusals.get((namespace, uid), ()))
@@ -404,12 +409,33 @@ async def test_pause_that_the_decision_asks_for_is_kept(bench: Bench) -> None:
     bench.now += 0.2
     requests = await bench.work()
 
-    assert requests[0] == "status"
+    assert requests[:2] == [f"pods {child.name}", "status"]
     assert "emoji PodLost" in bench.events
 
 
 def _format(now: float) -> str:
     return datetime.fromtimestamp(now, tz=UTC).isoformat()
+
+
+async def test_failure_that_no_pod_explains_counts_only_when_the_api_server_shows_the_same(bench: Bench) -> None:
+    """The watch of pods is deaf: it shows one that runs, and not how it ended."""
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    pod = bench.objects.pod(child=child.name, status={"phase": "Running"})
+    bench.show(pod, Kind.POD)
+    failed = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": _format(bench.now)}]}
+    bench.show(bench.cluster.objects[Kind.JOB, child.key] | {"status": failed}, Kind.JOB)
+    terminated = {"exitCode": 1, "reason": "Error", "startedAt": _format(bench.now), "finishedAt": _format(bench.now)}
+    ended = {"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": {"terminated": terminated}}]}
+    bench.cluster.put(Kind.POD, pod | {"status": ended})
+    bench.now += 11
+
+    requests = await bench.wake()
+
+    assert requests[:2] == [f"pods {child.name}", "status"]
+    assert "emoji TrainerError" in bench.events
+    assert "emoji PodLost" not in bench.events
 
 
 async def test_events_of_a_job_without_a_pod_are_read_and_told(bench: Bench) -> None:

@@ -3,24 +3,23 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_life import LIFE, Keeper, await_state, live, run_attempt
+from fault_life import await_state, run_attempt
 from fault_proxy import Expire, Fault, FaultProxy, Match, Swallow
-from harness import Operator
+from fault_trials import Act, Stage, Trials
+from harness import Team, wait_until
 
-pytestmark = [pytest.mark.apiserver, pytest.mark.faults]
+pytestmark = pytest.mark.apiserver
 
 _KINDS = ("finetunejobs", "jobs", "pods")
-
-
-@pytest.fixture
-def audited(team: Any, operator: Operator, tls: tuple[Path, Path], tmp_path: Path) -> Operator:
-    """The team's operator, with an audit every second or so."""
-    operator._environment["FINETUNE_AUDIT_SECONDS"] = "1"
-    return operator
+_TYPES = ("ADDED", "MODIFIED", "DELETED")
+_STEPS = ("running", "retried", "suspended", "resumed", "complete")
+# An audit every second or so, which gives a change four seconds to arrive.
+_AUDITED = {"audit_seconds": "1", "deaf_seconds": "4"}
+# A watch that misses a change ends the operator, which is started again.
+_DEAF = 1
 
 
 @contextmanager
@@ -42,52 +41,84 @@ def _cutting(proxy: FaultProxy, seconds: float) -> Iterator[list[int]]:
         thread.join(60)
 
 
-def test_watches_that_are_cut_every_second_miss_nothing(team: Any, operator: Any, proxy: FaultProxy, created: Any) -> None:
-    with Keeper(operator) as keeper, _cutting(proxy, 1) as cut:
-        assert LIFE == live(team)
-
+def _cut_every_second(stage: Stage) -> int:
+    with _cutting(stage.proxy, 1) as cut:
+        stage.live()
     assert sum(cut) > 4
-    assert [] == keeper.exits
-    assert 3 == len(created(team))
-    print(f"cut {sum(cut)} watches")
+    return sum(cut)
 
 
-def test_deletions_that_no_watch_tells_are_found_by_the_audit(
-    team: Any, audited: Operator, proxy: FaultProxy, created: Any
-) -> None:
-    swallow = Swallow(type="DELETED", times=None)
-    proxy.swallow(swallow)
-    with Keeper(audited) as keeper:
-        assert LIFE == live(team)
-
-    assert len(swallow.swallowed) >= 2
-    assert [] == keeper.exits
-    assert 3 == len(created(team))
-
-
-def test_watch_whose_start_is_too_old_lists_anew(team: Any, audited: Operator, proxy: FaultProxy, created: Any) -> None:
+def _expire(stage: Stage) -> int:
     """What is deleted before the list is in none of its events."""
     expired = Fault(match=Match(verb="watch"), action=Expire(), every=2, times=None)
-    proxy.plan(expired)
-    with Keeper(audited) as keeper, _cutting(proxy, 2):
-        assert LIFE == live(team)
-
+    stage.proxy.plan(expired)
+    stage.restart_on(_DEAF)
+    with _cutting(stage.proxy, 2):
+        stage.live()
     assert expired.struck > 4
-    assert [] == keeper.exits
-    assert 3 == len(created(team))
-    print(f"expired {expired.struck} watches")
+    return expired.struck
 
 
-def test_operator_that_starts_with_a_stale_view_leaves_the_successor_alone(
-    team: Any, operator: Operator, proxy: FaultProxy, created: Any, until: Any
-) -> None:
+def _swallow(**which: Any) -> Act:
+    """Return an act in which events of watches do not arrive; an audit finds it, or ends the operator, which begins anew."""
+
+    def act(stage: Stage) -> int:
+        swallow = Swallow(**which)
+        stage.proxy.swallow(swallow)
+        stage.restart_on(_DEAF)
+        stage.live()
+        return len(swallow.swallowed)
+
+    return act
+
+
+def _fall_silent(resource: str) -> Act:
+    """Return an act in which a watch stays open and says nothing more, until the operator has given it up."""
+
+    def act(stage: Stage) -> int:
+        stage.restart_on(_DEAF, heal=True)
+        stage.live(after_step=lambda step: stage.proxy.freeze_watches(resource) if step == "running" else None)
+        return 1
+
+    return act
+
+
+def _lag(step: str, *, back: int) -> Act:
+    """Return an act in which the operator starts with lists that are some steps old; after a while the server catches up."""
+
+    def act(stage: Stage) -> int:
+        team, keeper, proxy = stage.team, stage.keeper, stage.proxy
+        versions = [_read_version(team)]
+
+        def fall_behind(now: str) -> None:
+            versions.append(_read_version(team))
+            if now != step:
+                return
+            proxy.pin(versions[max(0, len(versions) - 1 - back)])
+            num_exits = len(keeper.exits)
+            keeper.kill()
+            wait_until(lambda: len(keeper.exits) > num_exits, what="it is dead")
+            stage.operator.wait_until_ready()
+            # Time to do something wrong in; a slow machine only makes the test weaker.
+            threading.Event().wait(5)
+            proxy.heal()
+
+        stage.restart_on(-9)
+        stage.live(after_step=fall_behind)
+        return 1
+
+    return act
+
+
+def _meet_a_successor(stage: Stage) -> int:
     """Lists and watches show a FineTuneJob that was deleted and created again since, with the attempts of the first."""
+    team, operator, proxy = stage.team, stage.operator, stage.proxy
     operator.start()
     team.apply()
     run_attempt(team, 1)
-    version = int(team.api.get(team.path("jobs"))["metadata"]["resourceVersion"])
+    version = _read_version(team)
     team.api.delete(team.path("finetunejobs", "emoji"))
-    until(lambda: not team.children(), what="the first one's Job is gone")
+    wait_until(lambda: not team.children(), what="the first one's Job is gone")
     team.apply()
     pod = run_attempt(team, 1)
     team.end_pod(pod, 1)
@@ -96,7 +127,7 @@ def test_operator_that_starts_with_a_stale_view_leaves_the_successor_alone(
     operator.stop()
     proxy.pin(version)
     operator.start()
-    until(lambda: proxy.count_watches("finetunejobs") == 1, what="the stale operator watches")
+    wait_until(lambda: proxy.count_watches("finetunejobs") == 1, what="the stale operator watches")
     num_requests = len(proxy.requests)
     operator.stop()
     stale = [each for each in proxy.requests[num_requests:] if each.is_write]
@@ -108,74 +139,77 @@ def test_operator_that_starts_with_a_stale_view_leaves_the_successor_alone(
 
     assert before["run"] == team.status()["run"]
     assert 2 == team.status()["attempt"]
-    assert 3 == len(created(team))
     assert not [each for each in stale if each.verb == "delete"]
+    return 1
 
 
-_STEPS = ("running", "retried", "suspended", "resumed", "complete")
+def test_watches_that_are_cut_expire_lose_events_or_fall_silent_miss_nothing(trials: Trials) -> None:
+    trials.run(
+        {
+            "all watches cut every second": [_cut_every_second],
+            "all watches cut every two seconds, and every other one expired": [_expire],
+            "no DELETED event arrives": [_swallow(type="DELETED", times=None)],
+            "an event does not arrive": [_swallow(resource="jobs", type="ADDED"), _swallow(resource="pods", type="MODIFIED")],
+            "a watch stays open and falls silent": [_fall_silent("pods")],
+        },
+        **_AUDITED,
+    )
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("back", [1, 2, 3])
-@pytest.mark.parametrize("step", _STEPS)
-def test_restart_onto_a_server_that_lags_repeats_nothing(
-    team: Any, operator: Operator, proxy: FaultProxy, created: Any, until: Any, step: str, back: int
-) -> None:
-    """The lists that it starts with are some steps old; after a while the server catches up."""
-    keeper = Keeper(operator)
-    versions = [int(team.api.get(team.path("jobs"))["metadata"]["resourceVersion"])]
-
-    def lag(now: str) -> None:
-        versions.append(int(team.api.get(team.path("jobs"))["metadata"]["resourceVersion"]))
-        if now != step:
-            return
-        proxy.pin(versions[max(0, len(versions) - 1 - back)])
-        num_exits, num_requests = len(keeper.exits), len(proxy.requests)
-        keeper.kill()
-        until(lambda: len(keeper.exits) > num_exits, what="it is dead")
-        until(operator._is_ready, what="it is ready", seconds=240)
-        # Time to do something wrong in; a slow machine only makes the test weaker.
-        threading.Event().wait(5)
-        print(f"{step}, {back} back: {[(each.verb, each.resource) for each in proxy.requests[num_requests:] if each.is_write]}")
-        proxy.heal()
-
-    with keeper:
-        assert LIFE == live(team, after_step=lag)
-
-    assert 3 == len(created(team))
+def test_operators_that_start_with_a_stale_view_repeat_nothing_and_leave_a_successor_alone(trials: Trials) -> None:
+    trials.run({
+        "a start onto lists from before a deletion and a creation": [_meet_a_successor],
+        "SIGKILL, and a start onto lists that are steps old, for 5 s": [_lag("retried", back=2), _lag("resumed", back=1)],
+    })  # fmt: skip
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize("type", ["ADDED", "MODIFIED", "DELETED"])
+@pytest.mark.timeout(1800)
+def test_restart_onto_a_server_that_lags_repeats_nothing(trials: Trials) -> None:
+    trials.run({
+        f"SIGKILL, and a start onto lists that are {back} steps old, for 5 s, at each step": [
+            _lag(step, back=back) for step in _STEPS
+        ]
+        for back in (1, 2, 3)
+    })  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("resource", _KINDS)
-def test_single_event_that_is_swallowed_is_made_up_for(
-    team: Any, audited: Operator, proxy: FaultProxy, created: Any, resource: str, type: str, nth: int
-) -> None:
-    """Within an audit, or by a new start a minute after it."""
-    swallow = Swallow(resource=resource, type=type, nth=nth)
-    proxy.swallow(swallow)
-    with Keeper(audited) as keeper:
-        assert LIFE == live(team)
+def test_each_single_event_that_is_swallowed_is_made_up_for(trials: Trials, resource: str) -> None:
+    counts = dict.fromkeys(_TYPES, 0)
 
-    assert len(keeper.exits) <= 1
-    assert 3 == len(created(team))
-    print(f"swallowed {swallow.swallowed or 'nothing'}, new starts {len(keeper.exits)}")
+    def count(stage: Stage) -> int:
+        seen = [Swallow(resource=resource, type=each, nth=10_000) for each in _TYPES]
+        stage.proxy.swallow(*seen)
+        stage.live()
+        counts.update({str(each.type): each.seen for each in seen})
+        return 0
+
+    trials.run({"none": [count]}, **_AUDITED)
+    print(f"events of {resource}:", counts)
+    trials.run(
+        {
+            f"the nth {each} of the {resource} does not arrive, for each n": [
+                _swallow(resource=resource, type=each, nth=nth) for nth in range(1, counts[each] + 1)
+            ]
+            for each in _TYPES
+        },
+        **_AUDITED,
+    )
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("resource", _KINDS)
-def test_half_open_watch_is_noticed(team: Any, audited: Operator, proxy: FaultProxy, created: Any, resource: str) -> None:
-    """The link stays open and says nothing more, until the operator has given it up."""
-    with Keeper(audited, on_exit=proxy.heal) as keeper:
-        assert LIFE == live(team, after_step=lambda step: proxy.freeze_watches(resource) if step == "running" else None)
-
-    assert len(keeper.exits) <= 1
-    assert 3 == len(created(team))
-    print(f"{resource} frozen, new starts {keeper.exits}")
+def test_half_open_watches_are_noticed(trials: Trials) -> None:
+    trials.run({"a watch stays open and falls silent": [_fall_silent(each) for each in _KINDS]}, **_AUDITED)
 
 
-def _read(team: Any) -> dict[str, Any]:
+def _read_version(team: Team) -> int:
+    return int(team.api.get(team.path("jobs"))["metadata"]["resourceVersion"])
+
+
+def _read(team: Team) -> dict[str, Any]:
     """Return what the operator has decided about a job, with the uid that it is about."""
     status = team.status()
     children = sorted((each["metadata"]["uid"], each["metadata"].get("deletionTimestamp")) for each in team.children())

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from fault_proxy import Answer, Fault, Match
 from harness import Operator, build_operator, grant_rights, wait_until, write_kubeconfig
+from nursery import Nursery
 from plain_kopf import PlainKopf, WatchProxy
 
-pytestmark = [pytest.mark.apiserver, pytest.mark.faults]
+pytestmark = pytest.mark.apiserver
 
 _MENDED = "kopf has mended this hazard; see docs/design/kopf-hazards.md for the guard that can go"
 _RBAC = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
@@ -52,7 +53,9 @@ def start_kopf(team: Any, watch_proxy: WatchProxy, tmp_path: Path) -> Iterator[S
 
 
 @pytest.fixture
-def start_operator(team: Any, tls: tuple[Path, Path], watch_proxy: WatchProxy, tmp_path: Path) -> Iterator[StartOperator]:
+def start_operator(
+    team: Any, tls: tuple[Path, Path], watch_proxy: WatchProxy, nursery: Nursery, tmp_path: Path
+) -> Iterator[StartOperator]:
     """Start the team's operator behind the proxy with settings."""
     grant_rights(team)
     write_kubeconfig(team, tmp_path / "kubeconfig")
@@ -60,7 +63,7 @@ def start_operator(team: Any, tls: tuple[Path, Path], watch_proxy: WatchProxy, t
     started: list[Operator] = []
 
     def start(**settings: str) -> Operator:
-        started.append(build_operator(team, tls=tls, folder=tmp_path, **settings))
+        started.append(build_operator(team, tls=tls, folder=tmp_path, spawn=nursery.spawn, **settings))
         return started[-1].start()
 
     yield start
