@@ -122,9 +122,12 @@ class Controller:
             self._progress_turns.forget(key)
             return "success"
         job, observed = seen
-        outcome = reconcile(job, observed, now=self._clock(), settings=self._settings)
+        return await self._carry_out(job, observed, reconcile(job, observed, now=self._clock(), settings=self._settings))
+
+    async def _carry_out(self, job: JobView, observed: Observed, outcome: Outcome) -> str:
+        """Carry out what was decided, in its order, and return how that ended."""
         if outcome.confirm is not None and not await self._is_confirmed(job, observed, outcome.confirm):
-            self._queue.add(key)
+            self._queue.add(job.key)
             return "requeue"
         for deletion in outcome.delete:
             await self._delete(job, deletion)
@@ -133,19 +136,14 @@ class Controller:
         if (taken := await self._find_taken(job, outcome)) is not None:
             return await self._wait_for_name(job, observed, taken)
         for manifest in outcome.apply:
-            try:
-                await self._apply(job, manifest)
-            except RefusedError as error:
-                await self._report_refusal(job, observed, subject=_name(manifest), message=error.message)
-                return "refused"
-            except ConflictError as error:
-                return await self._settle_conflict(job, observed, manifest, error=error)
+            if (refusal := await self._apply(job, observed, manifest)) is not None:
+                return refusal
         if outcome.apply and self._queue.has_urgent:
             # Others still wait for their first child. What this one leads to is in the next look, with all that has come by then.
-            self._queue.add(key)
+            self._queue.add(job.key)
             return "deferred"
         await self._conclude(job, outcome)
-        self._queue.forget(key)
+        self._queue.forget(job.key)
         if outcome.inspect is not None:
             await self._inspect(job, outcome.inspect)
         return "success"
@@ -220,11 +218,19 @@ class Controller:
             self._store.purge(Kind.JOB, () if known is None else (known.uid,))
             return None
 
-    async def _apply(self, job: JobView, manifest: RawObject) -> None:
-        answer = await self._cluster.apply_child(manifest)
+    async def _apply(self, job: JobView, observed: Observed, manifest: RawObject) -> str | None:
+        """Create a child, or return how the reconcile ends without it."""
+        try:
+            answer = await self._cluster.apply_child(manifest)
+        except RefusedError as error:
+            await self._report_refusal(job, observed, subject=_name(manifest), message=error.message)
+            return "refused"
+        except ConflictError as error:
+            return await self._settle_conflict(job, observed, manifest, error=error)
         if manifest["kind"] == _JOB:
             self._store.observe(Kind.JOB, answer)
         logger.info("applied %s %s/%s", manifest["kind"], job.namespace, manifest["metadata"]["name"])
+        return None
 
     async def _settle_conflict(self, job: JobView, observed: Observed, manifest: RawObject, *, error: ConflictError) -> str:
         """Look at the job anew when its child is there already, as another manager has changed; else tell the user."""
