@@ -134,6 +134,8 @@ class Operator:
         self._start(self._audit(), name="auditor")
         self._start(self._leadership.run(), name="leadership")
         self._start(self._work(), name="workers")
+        # And so do the tasks that they start at once: at the end kopf waits 5 s for younger ones.
+        await asyncio.sleep(0)
         try:
             await handlers.watch(
                 self._cluster,

@@ -53,7 +53,7 @@ def test_job_goes_from_pending_to_complete(team: Any, operator: Any, tls: tuple[
     assert 'finetune_reports_total{result="accepted"} 1.0' in metrics
     stopped_at = time.monotonic()
     assert operator.stop() == 0
-    assert time.monotonic() - stopped_at < 10
+    assert time.monotonic() - stopped_at < 5
 
 
 def test_tokens_of_others_are_refused(team: Any, operator: Any, tls: tuple[Path, Path]) -> None:
