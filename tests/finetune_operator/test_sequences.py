@@ -170,18 +170,21 @@ def _apply_side_by_side(team: Team, operator: Operator, trials: list[Trial]) -> 
     for _, fresh, trial in pairs:
         assert _try(team, fresh, trial.specs[-1]), trial.name
     # A change of the checkpoints takes effect with the next attempt.
+    late = [(name, trial.specs[-1]) for name, _, trial in pairs if _changes_checkpoints(trial)]
     for is_suspended in (True, False):
-        for each in pairs:
-            for name in each[:2]:
-                assert _try(team, name, each[2].specs[-1] | {"suspend": is_suspended})
-        names = [name for each in pairs for name in each[:2]]
-        _await_answers(team, names, states=("Suspended", "Failed") if is_suspended else None)
+        for name, spec in late:
+            assert _try(team, name, spec | {"suspend": is_suspended})
+        _await_answers(team, [name for name, _ in late], states=("Suspended", "Failed") if is_suspended else None)
     for name, fresh, trial in pairs:
         wait_until(
             lambda: _look(team, name) == _look(team, fresh),  # noqa: B023
             what=f"{name} is as {fresh}: {trial.name}, {_look(team, name)} and not {_look(team, fresh)}",
         )
     assert 'finetune_reconciles_total{result="error"} 0.0' in operator.scrape()
+
+
+def _changes_checkpoints(trial: Trial) -> bool:
+    return any(each.get("checkpoint") != trial.specs[-1].get("checkpoint") for each in trial.specs)
 
 
 def _try(team: Team, name: str, spec: dict[str, Any]) -> bool:
