@@ -1,9 +1,11 @@
 """What tests on a control plane without a node need: a team's namespace, and operator processes for it."""
 
 import base64
+import contextlib
 import copy
 import json
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -125,6 +127,12 @@ class Operator:
         """Send a signal and do not wait."""
         assert self._process is not None
         self._process.send_signal(number)
+
+    @property
+    def process(self) -> Process:
+        """The process that was started last."""
+        assert self._process is not None
+        return self._process
 
     @property
     def is_running(self) -> bool:
@@ -414,9 +422,12 @@ def post_progress(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
 
 
 def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a free port below those that the kernel gives to outgoing connections: a process that starts again finds it free."""
+    while True:
+        port = 12_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _now() -> str:
