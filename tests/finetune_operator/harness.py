@@ -423,14 +423,13 @@ def post_progress(url: str, *, token: str, ca: Path) -> tuple[int, Any]:
 
 # They lie below those that the kernel gives to outgoing connections, so a process that starts again finds its own free, and begin
 # where another test run probably does not.
-_PORTS = itertools.cycle(range(12_000, 32_000))
-_SKIPPED = os.getpid() * 97 % 20_000
+_PORTS = itertools.count(os.getpid() * 97)
 
 
 def find_port() -> int:
     """Return a free port that is given to nobody else for long."""
     while True:
-        port = 12_000 + (next(_PORTS) + _SKIPPED) % 20_000
+        port = 12_000 + next(_PORTS) % 20_000
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
