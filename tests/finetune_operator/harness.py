@@ -1,7 +1,9 @@
 """What tests on a control plane without a node need: a team's namespace, and operator processes for it."""
 
 import base64
+import contextlib
 import copy
+import itertools
 import json
 import os
 import signal
@@ -125,6 +127,12 @@ class Operator:
         """Send a signal and do not wait."""
         assert self._process is not None
         self._process.send_signal(number)
+
+    @property
+    def process(self) -> Process:
+        """The process that was started last."""
+        assert self._process is not None
+        return self._process
 
     @property
     def is_running(self) -> bool:
@@ -413,10 +421,18 @@ def post_progress(url: str, *, token: str, ca: Path, percentage: int = 40) -> tu
         return error.code, json.loads(error.read())
 
 
+# They lie below those that the kernel gives to outgoing connections, so a process that starts again finds its own free, and begin
+# where another test run probably does not.
+_PORTS = itertools.count(os.getpid() * 97)
+
+
 def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a free port that is given to nobody else for long."""
+    while True:
+        port = 12_000 + next(_PORTS) % 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _now() -> str:
