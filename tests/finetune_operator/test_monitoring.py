@@ -1,6 +1,7 @@
 """A real Prometheus scrapes a real operator: every expression of the rules and the dashboard is evaluated, and an alert fires."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def test_prometheus_evaluates_everything_and_tells_when_the_operator_is_gone(
     _wait_for(prometheus, 'finetune_jobs{state="Running"} == 1')
     _wait_for(prometheus, f"{used} == 0")
 
+    # A pod's times are whole seconds, so less than one would be no usage.
+    started_at = datetime.fromisoformat(team.status()["startTime"])
+    wait_until(lambda: datetime.now(UTC) - started_at >= timedelta(seconds=1), what="a second of usage")
     team.end_pod(pod, exit_code=1)
     usage = wait_until(lambda: team.status().get("usage", {}).get("acceleratorSeconds") and team.status()["usage"], what="usage")
     _wait_for(prometheus, f"{used} == {usage['acceleratorSeconds']}")

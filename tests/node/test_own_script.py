@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 _SCRIPT = cluster_client.ROOT / "tests" / "finetune_operator" / "scripts" / "stock_trainer.py"
 _IMAGE = "docker.io/library/finetune-stock-script:1"
 _NAME = "stock-script"
-# What transformers needs and the trainer's image, in whose folder of packages they go, does not have.
+# What transformers needs and the trainer's image does not have, in whose folder of packages they go; both have Python 3.11.
 _PACKAGES = ("transformers", "tokenizers", "accelerate", "regex", "psutil")
 _FOLDER = "opt/app"
 # More than any machine does in the time of the test, which ends the training itself.
