@@ -46,7 +46,7 @@ def build_stages(*, run_seconds: float) -> list[dict[str, Any]]:
 
 def build_node(name: str) -> dict[str, Any]:
     """Return a node with room for everything, accelerators included."""
-    amounts = {"cpu": "1k", "memory": "1Ti", "pods": "1M", "nvidia.com/gpu": "1M"}
+    amounts = {"cpu": "100k", "memory": "1Pi", "pods": "1M", "nvidia.com/gpu": "1M"}
     labels = {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "type": "kwok"}
     return {
         "apiVersion": "v1",

@@ -15,8 +15,6 @@ K = TypeVar("K", bound=Hashable)
 
 _BASE_SECONDS = 0.05
 _LIMIT_SECONDS = 300.0
-# After so many urgent keys comes one that is not, so that a flood of them lets nothing else starve.
-_URGENT_IN_A_ROW = 4
 
 
 class QueueClosedError(Exception):
@@ -38,7 +36,6 @@ class WorkQueue(Generic[K]):
         self._observe_wait = observe_wait
         self._urgent: deque[K] = deque()
         self._ready: deque[K] = deque()
-        self._num_urgent = 0  # in a row
         self._dirty: dict[K, float] = {}  # to be worked on, with the time since when
         self._in_flight: set[K] = set()
         self._due: dict[K, float] = {}
@@ -64,7 +61,7 @@ class WorkQueue(Generic[K]):
         return len(self._in_flight)
 
     def add(self, key: K, *, is_urgent: bool = False) -> None:
-        """Have the key worked on as soon as possible, an urgent one before most that are not."""
+        """Have the key worked on as soon as possible, an urgent one before all that are not."""
         if self._closed or key in self._dirty:
             return
         self._dirty[key] = self._clock()
@@ -103,7 +100,7 @@ class WorkQueue(Generic[K]):
         self._promote()
         if not len(self):
             return None
-        key = self._choose()
+        key = (self._urgent or self._ready).popleft()
         self._observe_wait(self._clock() - self._dirty.pop(key))
         self._in_flight.add(key)
         return key
@@ -132,14 +129,6 @@ class WorkQueue(Generic[K]):
         if self._timer is not None:
             self._timer.cancel()
         self._wake(len(self._waiters))
-
-    def _choose(self) -> K:
-        """Return the key whose turn it is."""
-        if self._urgent and (self._num_urgent < _URGENT_IN_A_ROW or not self._ready):
-            self._num_urgent += 1
-            return self._urgent.popleft()
-        self._num_urgent = 0
-        return self._ready.popleft()
 
     def _promote(self) -> None:
         """Add the keys whose delay is over."""

@@ -47,17 +47,6 @@ def test_urgent_keys_come_first_in_their_order(bench: Bench) -> None:
     assert bench.drain() == ["b", "c", "a"]
 
 
-def test_urgent_keys_let_nothing_else_starve(bench: Bench) -> None:
-    for number in range(2):
-        bench.queue.add(f"later-{number}")
-    for number in range(10):
-        bench.queue.add(f"urgent-{number}", is_urgent=True)
-    order = bench.drain()
-
-    assert [order.index("later-0"), order.index("later-1")] == [4, 9]
-    assert [key for key in order if key.startswith("urgent")] == [f"urgent-{number}" for number in range(10)]
-
-
 def test_key_added_many_times_comes_once(bench: Bench) -> None:
     for _ in range(5):
         bench.queue.add("a")
