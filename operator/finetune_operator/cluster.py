@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -182,24 +182,30 @@ class Cluster:
     async def list_versions(self, kind: Kind, *, namespace: str | None) -> Listing:
         """Return what exists of a kind, by metadata alone and in chunks."""
         objects: dict[str, tuple[Key, int]] = {}
-        query = {"limit": str(_CHUNK)} | ({} if kind.is_ours else {"labelSelector": SELECTOR})
-        while True:
-            chunk = await self._request("list", _path(kind, namespace), resource=kind.value, query=query, accept=_METADATA_ONLY)
+        selector = "" if kind.is_ours else SELECTOR
+        version = 0
+        async for chunk in self._list_chunks(kind, namespace=namespace, selector=selector, accept=_METADATA_ONLY):
             for each in (item["metadata"] for item in chunk.get("items") or ()):
                 objects[each["uid"]] = (each.get("namespace", ""), each["name"]), int(each["resourceVersion"])
-            if not (token := chunk["metadata"].get("continue")):
-                return Listing(version=int(chunk["metadata"]["resourceVersion"]), objects=objects)
-            query = query | {"continue": token}
+            version = int(chunk["metadata"]["resourceVersion"])
+        return Listing(version=version, objects=objects)
 
     async def list_pods(self, namespace: str, child: str) -> tuple[RawObject, ...]:
         """Return the pods of a child Job as the API server has them at this time."""
-        query = {"labelSelector": f"{SELECTOR},batch.kubernetes.io/job-name={child}", "limit": str(_CHUNK)}
-        pods: list[RawObject] = []
+        selector = f"{SELECTOR},batch.kubernetes.io/job-name={child}"
+        chunks = self._list_chunks(Kind.POD, namespace=namespace, selector=selector)
+        return tuple([pod async for chunk in chunks for pod in chunk.get("items") or ()])
+
+    async def _list_chunks(
+        self, kind: Kind, *, namespace: str | None, selector: str, accept: str = _JSON
+    ) -> AsyncIterator[RawObject]:
+        """Yield the parts of a list as the API server gives them."""
+        query = {"limit": str(_CHUNK)} | ({"labelSelector": selector} if selector else {})
         while True:
-            chunk = await self._request("list", _path(Kind.POD, namespace), resource=Kind.POD.value, query=query)
-            pods += chunk.get("items") or ()
+            chunk = await self._request("list", _path(kind, namespace), resource=kind.value, query=query, accept=accept)
+            yield chunk
             if not (token := chunk["metadata"].get("continue")):
-                return tuple(pods)
+                return
             query = query | {"continue": token}
 
     async def list_refusals(self, namespace: str, uid: str) -> tuple[str, ...]:
