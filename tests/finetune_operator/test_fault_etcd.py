@@ -196,10 +196,7 @@ def test_etcd_that_hangs_ends_no_process_and_is_caught_up(
         assert operator.is_healthy()
     since = time.monotonic()
     wait_until(lambda: _progress(team, "runs") == 40, what="the report is shown", seconds=_SECONDS)
-    for name in names:
-        run_attempt(team, 1, name)
-    team.end_pod(pod, message=PUBLISHED)
-    await_state(team, "Complete", "runs")
+    _catch_up(team, names, pod=pod)
     took = time.monotonic() - since
 
     print(f"{rate:.1f} requests/s for {seconds} s, all is caught up after {took:.1f} s")
@@ -337,10 +334,7 @@ def test_only_the_leader_begins_anew_while_etcd_hangs(
             time.sleep(60)
             rate = (len(proxy.requests) - before) / 60
         since = time.monotonic()
-        for name in names:
-            run_attempt(team, 1, name)
-        team.end_pod(pod, message=PUBLISHED)
-        await_state(team, "Complete", "runs")
+        _catch_up(team, names, pod=pod)
         took = time.monotonic() - since
 
     print(f"{rate:.1f} requests/s, all is caught up after {took:.1f} s")
@@ -348,6 +342,14 @@ def test_only_the_leader_begins_anew_while_etcd_hangs(
     assert Counter({"runs-1": 1} | {f"{name}-1": 1 for name in names}) == _name(created(team))
     assert rate <= 10
     assert took <= 30
+
+
+def _catch_up(team: Team, names: list[str], *, pod: dict[str, Any]) -> None:
+    """Wait until the jobs of these names run, and the one that ran before has completed."""
+    for name in names:
+        run_attempt(team, 1, name)
+    team.end_pod(pod, message=PUBLISHED)
+    await_state(team, "Complete", "runs")
 
 
 def _report(team: Team, operator: Operator, name: str, *, token: str, ca: Path, percentage: int = 40) -> bool:
