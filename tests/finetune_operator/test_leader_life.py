@@ -1,15 +1,12 @@
 """Several operators on a real control plane: one leads, and whatever happens, no two of them write."""
 
-import json
 import signal
-import ssl
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import grant_rights, write_kubeconfig
+from harness import grant_rights, post_progress, write_kubeconfig
 from replicas import LEASE, Replicas, count_writers, find_intruders, read_lease
 
 pytestmark = pytest.mark.apiserver
@@ -36,13 +33,6 @@ def intruders(requests: Callable[[], list[dict[str, Any]]], team: Any) -> Callab
     return lambda: find_intruders(requests(), team, lease_seconds=float(_LEASE[0]))
 
 
-def _post(url: str, *, token: str, ca: Path) -> int:
-    body = json.dumps({"trainerStatus": {"progressPercentage": 40}}).encode()
-    request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
-    with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca), timeout=30) as answer:
-        return int(answer.status)
-
-
 def test_standby_hands_reports_on_and_takes_over_from_a_leader_that_ends(
     team: Any, replicas: Replicas, tls: tuple[Path, Path], until: Any, intruders: Any, writes: Any
 ) -> None:
@@ -52,9 +42,8 @@ def test_standby_hands_reports_on_and_takes_over_from_a_leader_that_ends(
     team.run_pod(pod)
     team.wait("Running")
     url = f"{standby.report_url}/apis/trainer.kubeflow.org/v1alpha1/namespaces/{team.namespace}/trainjobs/emoji/status"
-    code = until(lambda: _post(url, token=team.create_token(pod), ca=tls[0]), what="the pod is known")
+    until(lambda: post_progress(url, token=team.create_token(pod), ca=tls[0])[0] == 200, what="the pod is known")
     until(lambda: team.status().get("trainerStatus", {}).get("progressPercentage") == 40, what="progress is shown")
-    assert 200 == code
     assert "finetune_leader 1.0" in leader.scrape()
     assert "finetune_leader 0.0" in standby.scrape()
     assert 'finetune_jobs{state="Running"} 0.0' in standby.scrape()
