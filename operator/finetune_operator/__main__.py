@@ -56,7 +56,9 @@ class Operator:
         self._leadership = leadership
         self._store = Store()
         self._queue: WorkQueue[Key] = WorkQueue(
-            clock=time.monotonic, observe_wait=lambda seconds: metrics.observe(QUEUE_WAIT_SECONDS, seconds)
+            clock=time.monotonic,
+            find_flow=lambda key: key[0],  # by namespace, as teams must not wait for each other
+            observe_wait=lambda seconds: metrics.observe(QUEUE_WAIT_SECONDS, seconds),
         )
         self._recorder = Recorder(cluster, instance=socket.gethostname(), clock=_now, metrics=metrics)
         self._auditor = Auditor(

@@ -2,12 +2,14 @@
 
 A key is handed out once however often it was added, and never to two workers at a time: what is added while it is being
 worked on comes again after that. Delayed adds keep the earliest time; retries back off exponentially per key.
+
+Unlike there, the flows that keys belong to take turns, so that many keys of one do not hold up the keys of another.
 """
 
 import asyncio
 import heapq
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -21,21 +23,33 @@ class QueueClosedError(Exception):
     """The queue hands out no more keys."""
 
 
+class _Flow(Generic[K]):
+    """The keys of one flow that wait for a worker."""
+
+    def __init__(self) -> None:
+        self.urgent: deque[K] = deque()
+        self.ready: deque[K] = deque()
+
+    def __len__(self) -> int:
+        return len(self.urgent) + len(self.ready)
+
+
 class WorkQueue(Generic[K]):
-    """A deduplicating queue with delays and backoff."""
+    """A deduplicating queue with delays, backoff and turns."""
 
     def __init__(
         self,
         *,
         clock: Callable[[], float],
+        find_flow: Callable[[K], Hashable] = lambda _: None,
         jitter: Callable[[], float] = random.random,
         observe_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._clock = clock
         self._jitter = jitter
         self._observe_wait = observe_wait
-        self._urgent: deque[K] = deque()
-        self._ready: deque[K] = deque()
+        self._find_flow = find_flow
+        self._flows: OrderedDict[Hashable, _Flow[K]] = OrderedDict()  # those with keys, in the order of their turns
         self._dirty: dict[K, float] = {}  # to be worked on, with the time since when
         self._in_flight: set[K] = set()
         self._due: dict[K, float] = {}
@@ -48,12 +62,12 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """Return the number of keys that wait for a worker."""
-        return len(self._urgent) + len(self._ready)
+        return sum(map(len, self._flows.values()))
 
     @property
     def has_urgent(self) -> bool:
         """Return whether an urgent key waits for a worker."""
-        return bool(self._urgent)
+        return any(flow.urgent for flow in self._flows.values())
 
     @property
     def num_in_flight(self) -> int:
@@ -61,13 +75,12 @@ class WorkQueue(Generic[K]):
         return len(self._in_flight)
 
     def add(self, key: K, *, is_urgent: bool = False) -> None:
-        """Have the key worked on as soon as possible, an urgent one before all that are not."""
+        """Have the key worked on as soon as possible, an urgent one before those of its flow that are not."""
         if self._closed or key in self._dirty:
             return
         self._dirty[key] = self._clock()
         if key not in self._in_flight:
-            (self._urgent if is_urgent else self._ready).append(key)
-            self._wake(1)
+            self._put(key, is_urgent=is_urgent)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Have the key worked on after a delay, or earlier if an earlier time is set already."""
@@ -98,9 +111,12 @@ class WorkQueue(Generic[K]):
     def take(self) -> K | None:
         """Hand out the next key, or None if there is none at this time. done() must follow."""
         self._promote()
-        if not len(self):
+        if not self._flows:
             return None
-        key = (self._urgent or self._ready).popleft()
+        name, flow = self._flows.popitem(last=False)
+        key = (flow.urgent or flow.ready).popleft()
+        if flow:
+            self._flows[name] = flow
         self._observe_wait(self._clock() - self._dirty.pop(key))
         self._in_flight.add(key)
         return key
@@ -117,18 +133,22 @@ class WorkQueue(Generic[K]):
         """End the work on a key."""
         self._in_flight.discard(key)
         if key in self._dirty and not self._closed:
-            self._ready.append(key)
-            self._wake(1)
+            self._put(key)
 
     def close(self) -> None:
         """Hand out no more keys; work in flight goes on."""
         self._closed = True
-        self._urgent.clear()
-        self._ready.clear()
+        self._flows.clear()
         self._schedule.clear()
         if self._timer is not None:
             self._timer.cancel()
         self._wake(len(self._waiters))
+
+    def _put(self, key: K, *, is_urgent: bool = False) -> None:
+        """Let the key wait for a worker; a flow that had none takes the last turn."""
+        flow = self._flows.setdefault(self._find_flow(key), _Flow())
+        (flow.urgent if is_urgent else flow.ready).append(key)
+        self._wake(1)
 
     def _promote(self) -> None:
         """Add the keys whose delay is over."""

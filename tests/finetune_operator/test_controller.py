@@ -103,7 +103,7 @@ class Bench:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        self.queue: WorkQueue[Key] = WorkQueue(clock=lambda: self.now, jitter=lambda: 1.0)
+        self.queue: WorkQueue[Key] = WorkQueue(clock=lambda: self.now, find_flow=lambda key: key[0], jitter=lambda: 1.0)
         self.controller = Controller(
             store=self.store,
             queue=self.queue,
@@ -175,6 +175,17 @@ async def test_children_of_many_fresh_jobs_come_before_their_statuses(bench: Ben
     assert [each.split()[0] for each in requests] == ["apply"] * 3 + ["status"] * 3
     assert {f"{name} Pending" for name in names} == set(bench.events)
     assert bench.results() == {"deferred": 2, "success": 3}
+
+
+async def test_many_fresh_jobs_do_not_hold_up_the_status_of_another_namespace(bench: Bench) -> None:
+    for name in ("cats", "dogs", "emoji"):
+        bench.show(bench.objects.job(name=name))
+        bench.queue.add(("team", name), is_urgent=True)
+    bench.show(bench.objects.job(name="lone", namespace="other"))
+    bench.queue.add(("other", "lone"), is_urgent=True)
+    await bench.work()
+
+    assert bench.events[0] == "lone Pending"
 
 
 async def test_own_writes_are_seen_without_a_watch(bench: Bench) -> None:

@@ -47,6 +47,44 @@ def test_urgent_keys_come_first_in_their_order(bench: Bench) -> None:
     assert bench.drain() == ["b", "c", "a"]
 
 
+def _build_turns() -> Bench:
+    """A queue whose keys say by their first letter to which flow they belong."""
+    bench = Bench()
+    bench.queue = WorkQueue(clock=lambda: bench.now, find_flow=lambda key: key[0], jitter=lambda: 1.0)
+    return bench
+
+
+def test_flows_take_turns() -> None:
+    bench = _build_turns()
+    for key in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        bench.queue.add(key)
+    assert len(bench.queue) == 6
+
+    assert bench.drain() == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    assert len(bench.queue) == 0
+
+
+def test_urgent_keys_come_first_in_their_own_flow_alone() -> None:
+    bench = _build_turns()
+    for key in ("a1", "b1"):
+        bench.queue.add(key)
+    for key in ("a2", "a3"):
+        bench.queue.add(key, is_urgent=True)
+
+    assert bench.drain() == ["a2", "b1", "a3", "a1"]
+
+
+def test_flow_that_comes_later_waits_for_one_key_of_each_other() -> None:
+    bench = _build_turns()
+    for number in range(1000):
+        bench.queue.add(f"a{number}", is_urgent=True)
+        bench.queue.add(f"b{number}")
+    bench.queue.take()
+    bench.queue.add("c1")
+
+    assert bench.drain()[:3] == ["b0", "a1", "c1"]
+
+
 def test_key_added_many_times_comes_once(bench: Bench) -> None:
     for _ in range(5):
         bench.queue.add("a")
