@@ -56,16 +56,19 @@ def parse_writes(lines: Iterable[str], *, namespace: str = "") -> Iterator[Write
         )
 
 
-def find_latencies(writes: Iterable[Write], *, user: str = "bench") -> dict[str, float]:
-    """Return the seconds from the answer to a user's apply of a FineTuneJob to the answer to the operator's of its first Job."""
+def find_latencies(writes: Iterable[Write], *, user: str = "bench", until: str = "jobs") -> dict[str, float]:
+    """Return the seconds from the answer to a user's apply of a FineTuneJob to the answer to the operator's first for it.
+
+    That is the apply of its Job, or with until="finetunejobs/status" that of its status.
+    """
     created: dict[str, datetime] = {}
     latencies: dict[str, float] = {}
     for write in writes:
         if write.agent == user and write.resource == "finetunejobs":
             created.setdefault(write.name, write.at)
-        elif write.agent == OPERATOR and write.resource == "jobs" and write.verb == "patch" and write.code < 300:
-            # <job>-<run>-<attempt>
-            owner = write.name.rsplit("-", 2)[0]
+        elif write.agent == OPERATOR and write.resource == until and write.verb == "patch" and write.code < 300:
+            # A Job's name is <job>-<run>-<attempt>.
+            owner = write.name.rsplit("-", 2)[0] if until == "jobs" else write.name
             if owner in created:
                 latencies.setdefault(owner, (write.at - created[owner]).total_seconds())
     return latencies

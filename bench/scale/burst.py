@@ -1,10 +1,12 @@
 """All FineTuneJobs at once: how fast their child Jobs are made, what that costs, and the same load without the operator."""
 
+import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 from bench.scale.audit import OPERATOR, Write, count_writes, find_latencies, read_writes
-from bench.scale.client import do_all, wait_until
+from bench.scale.client import do_all, do_at_rate, wait_until
 from bench.scale.cluster import World
 from bench.scale.figures import Figure, find_quantile
 from bench.scale.load import (
@@ -19,20 +21,27 @@ from bench.scale.load import (
 from bench.scale.operators import RunningOperator
 from bench.scale.processes import CpuMeter, PeakCores, read_peak_memory
 
-NAMESPACE, PLAIN = "burst", "plain"
+NAMESPACE, PLAIN, ASIDE = "burst", "plain", "aside"
+# A job every two seconds of another team, which did not cause the burst.
+_ASIDE_SHARE, _ASIDE_PER_SECOND = 0.01, 0.5
 _MAX_WRITES = 11
 _KINDS = {"jobs": "Jobs", "finetunejobs/status": "status", "events": "events"}
 
 
 def measure_burst(world: World, operator: RunningOperator, *, count: int) -> list[Figure]:
     """Apply FineTuneJobs as fast as they are accepted, wait until all are Complete, and return what that took."""
-    world.create_namespace(NAMESPACE)
+    for namespace in (NAMESPACE, ASIDE):
+        world.create_namespace(namespace)
+    names, aside = number("done-", count), number("done-", math.ceil(_ASIDE_SHARE * count))
     meter = CpuMeter(world.read_pids() | {OPERATOR: operator.pid})
-    names = number("done-", count)
-    with PeakCores(operator.pid) as peak:
+    with PeakCores(operator.pid) as peak, ThreadPoolExecutor(1) as beside:
+        others = beside.submit(
+            do_at_rate, lambda name: apply_finetunejob(world.client, ASIDE, name), aside, per_second=_ASIDE_PER_SECOND
+        )
         do_all(lambda name: apply_finetunejob(world.client, NAMESPACE, name), names)
+        others.result()
         wait_until(
-            lambda: operator.count_states().get("Complete", 0) >= count,
+            lambda: operator.count_states().get("Complete", 0) >= count + len(aside),
             what=f"{count} FineTuneJobs are Complete",
             seconds=300 + count,
             poll_seconds=2,
@@ -45,6 +54,7 @@ def measure_burst(world: World, operator: RunningOperator, *, count: int) -> lis
     writes = read_writes(world.cluster_folder, namespace=NAMESPACE)
     return [
         *_describe_speed(writes, count=count),
+        *_describe_aside(read_writes(world.cluster_folder, namespace=ASIDE)),
         *_describe_writes(writes, count=count),
         Figure(name="operator-cpu", text="operator CPU for each job", value=1000 * cpu[OPERATOR] / count, unit="ms", digits=1),
         Figure(
@@ -116,6 +126,20 @@ def _describe_speed(writes: list[Write], *, count: int) -> list[Figure]:
             digits=1,
             goal=limits["completed"],
         ),
+    ]
+
+
+def _describe_aside(writes: list[Write]) -> list[Figure]:
+    answers = {"child": ("child Job", "jobs"), "status": ("first status", "finetunejobs/status")}
+    return [
+        Figure(
+            name=f"aside-{name}",
+            text=f"another namespace's jobs meanwhile: creation to {what}, longest",
+            value=max(find_latencies(writes, until=until).values()),
+            unit="s",
+            is_gated=False,
+        )
+        for name, (what, until) in answers.items()
     ]
 
 

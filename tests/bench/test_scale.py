@@ -107,6 +107,17 @@ def test_latency_counts_from_the_users_apply_to_the_first_job() -> None:
     assert {"done-1": 0.5} == find_latencies(writes)
 
 
+def test_latency_to_the_first_status_knows_the_job_by_its_own_name() -> None:
+    writes = [
+        build_write("bench", "finetunejobs", "done-1", seconds=0),
+        build_write("finetune-operator", "jobs", "done-1-abc-1", seconds=0.2),
+        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=0.7),
+        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=3),
+    ]
+
+    assert {"done-1": 0.7} == find_latencies(writes, until="finetunejobs/status")
+
+
 def test_writes_are_the_operators_without_its_lease() -> None:
     writes = [
         build_write("finetune-operator", "leases", "finetune-operator", seconds=5),
