@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from finetune_operator import handlers
 from finetune_operator.audit import Auditor
-from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
+from finetune_operator.cluster import Cluster
 from finetune_operator.controller import Controller
 from finetune_operator.errors import DeafWatchError, LeadershipLostError, OperatorError, RewoundError, StartError
 from finetune_operator.forward import Forwarder
@@ -39,6 +39,7 @@ from finetune_operator.reports import ReportReceiver
 from finetune_operator.settings import Settings, load_settings, load_trainer_settings
 from finetune_operator.store import Store
 from finetune_operator.throttle import Turns
+from finetune_operator.transport import ClientSettings, Transport
 from finetune_operator.views import Key, Kind, RawObject, is_unanswered
 
 logger = logging.getLogger("finetune_operator")
@@ -49,9 +50,10 @@ _FINISH_SECONDS = 10.0
 class Operator:
     """All parts of one operator process."""
 
-    def __init__(self, settings: Settings, cluster: Cluster, *, metrics: Metrics, leadership: Leadership) -> None:
+    def __init__(self, settings: Settings, transport: Transport, *, metrics: Metrics, leadership: Leadership) -> None:
         self._settings = settings
-        self._cluster = cluster
+        self._transport = transport
+        cluster = Cluster(transport)
         self._metrics = metrics
         self._leadership = leadership
         self._store = Store()
@@ -140,7 +142,7 @@ class Operator:
         await asyncio.sleep(0)
         try:
             await handlers.watch(
-                self._cluster,
+                self._transport,
                 namespaces=self._settings.namespaces,
                 receive=self._receive,
                 stop=self._stop,
@@ -232,7 +234,7 @@ async def run(settings: Settings) -> None:
 
     async def connect_election(identity: str) -> Cluster:
         client = ClientSettings(requests_per_second=20, burst=20, connections=2, identity=identity)
-        return await Cluster.connect(client, metrics=metrics)
+        return Cluster(await Transport.connect(client, metrics=metrics))
 
     leadership = Leadership(settings, connect=connect_election)
     client = ClientSettings(
@@ -241,12 +243,12 @@ async def run(settings: Settings) -> None:
         connections=settings.api_connections,
         identity=leadership.identity,
     )
-    cluster = await Cluster.connect(client, metrics=metrics, gate=leadership.gate)
+    transport = await Transport.connect(client, metrics=metrics, gate=leadership.gate)
     try:
-        await check_custom_resources(cluster, namespaces=settings.namespaces)
-        await Operator(settings, cluster, metrics=metrics, leadership=leadership).run()
+        await Cluster(transport).check_custom_resources(namespaces=settings.namespaces)
+        await Operator(settings, transport, metrics=metrics, leadership=leadership).run()
     finally:
-        await cluster.close()
+        await transport.close()
 
 
 def main() -> int:

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import kopf
 from finetune_api import names
 
-from finetune_operator.cluster import SELECTOR, Cluster
+from finetune_operator.cluster import SELECTOR
+from finetune_operator.transport import Transport
 from finetune_operator.views import Kind, RawObject
 
 # Takes in the kind, the object, and whether it was deleted.
@@ -30,7 +31,7 @@ _LOGIN_SECONDS = 2
 
 
 async def watch(
-    cluster: Cluster, *, namespaces: tuple[str, ...], receive: Receive, stop: asyncio.Event, clean_up: CleanUp
+    transport: Transport, *, namespaces: tuple[str, ...], receive: Receive, stop: asyncio.Event, clean_up: CleanUp
 ) -> None:
     """Watch all kinds until `stop` is set or a signal arrives; clean_up runs when the watches have ended."""
     registry = kopf.OperatorRegistry()
@@ -48,8 +49,8 @@ async def watch(
     async def login(**_: object) -> kopf.AiohttpSession:
         if next(login_count):
             await asyncio.sleep(_LOGIN_SECONDS)
-            await cluster.reload()
-        return kopf.AiohttpSession(server=cluster.server, aiohttp_session=await cluster.open_watch_session())
+            await transport.reload()
+        return kopf.AiohttpSession(server=transport.server, aiohttp_session=await transport.open_watch_session())
 
     for kind in Kind:
         _register(kind, registry=registry, receive=receive)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.conditions import set_condition
 from finetune_api.v1alpha1 import FineTuneJobStatus
-from finetune_operator.cluster import ClientSettings, Cluster
+from finetune_operator.cluster import Cluster
 from finetune_operator.errors import ConflictError, NotFoundError, RefusedError
 from finetune_operator.manifests.job import build_job
 from finetune_operator.manifests.service import build_service
@@ -19,6 +19,7 @@ from finetune_operator.outcome import Deletion, EventNote, EventType
 from finetune_operator.policies.accelerator import shape_pods
 from finetune_operator.recorder import Recorder
 from finetune_operator.settings import TrainerSettings
+from finetune_operator.transport import ClientSettings, Transport
 from finetune_operator.views import Kind, build_job_view, project_job
 
 pytestmark = pytest.mark.apiserver
@@ -37,7 +38,7 @@ def connect(control_plane: Path, monkeypatch: pytest.MonkeyPatch) -> Connect:
     @asynccontextmanager
     async def open_cluster() -> AsyncIterator[Cluster]:
         settings = ClientSettings(requests_per_second=500, burst=500, connections=8)
-        cluster = await Cluster.connect(settings, metrics=Metrics())
+        cluster = Cluster(await Transport.connect(settings, metrics=Metrics()))
         try:
             yield cluster
         finally:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import ClientPayloadError, web
-from finetune_operator.cluster import ClientSettings, Cluster, check_custom_resources
+from finetune_operator.cluster import Cluster
 from finetune_operator.errors import ApiError, NotFoundError, NotLeaderError, RefusedError, StartError, UnauthorizedError
 from finetune_operator.gate import WriteGate
 from finetune_operator.metrics import Metrics
 from finetune_operator.outcome import Deletion
 from finetune_operator.policies.refusal import explain_refusal
+from finetune_operator.transport import ClientSettings, Transport
 from finetune_operator.views import Kind, RawObject
 from kubernetes.aio.client import Configuration
 from prometheus_client import generate_latest
@@ -53,7 +54,7 @@ def gate() -> WriteGate:
 
 
 @pytest.fixture
-async def cluster(server: Server, metrics: Metrics, gate: WriteGate) -> AsyncIterator[Cluster]:
+async def transport(server: Server, metrics: Metrics, gate: WriteGate) -> AsyncIterator[Transport]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -62,14 +63,19 @@ async def cluster(server: Server, metrics: Metrics, gate: WriteGate) -> AsyncIte
     configuration = Configuration(host=f"http://127.0.0.1:{runner.addresses[0][1]}")
     configuration.connection_pool_maxsize = 4
     settings = ClientSettings(requests_per_second=500, burst=500, connections=4)
-    cluster = _Fixed(configuration, settings=settings, metrics=metrics, gate=gate)
-    yield cluster
-    await cluster.close()
+    transport = _Fixed(configuration, settings=settings, metrics=metrics, gate=gate)
+    yield transport
+    await transport.close()
     await runner.cleanup()
 
 
-class _Fixed(Cluster):
-    """A cluster whose credentials are the same however often they are loaded."""
+@pytest.fixture
+def cluster(transport: Transport) -> Cluster:
+    return Cluster(transport)
+
+
+class _Fixed(Transport):
+    """A transport whose credentials are the same however often they are loaded."""
 
     async def reload(self) -> None:
         pass
@@ -181,7 +187,8 @@ async def test_list_is_read_in_chunks(cluster: Cluster, server: Server) -> None:
 
 async def test_server_that_is_gone_is_an_error_like_others(metrics: Metrics) -> None:
     configuration = Configuration(host="http://127.0.0.1:1")
-    cluster = Cluster(configuration, settings=ClientSettings(requests_per_second=9, burst=9, connections=1), metrics=metrics)
+    settings = ClientSettings(requests_per_second=9, burst=9, connections=1)
+    cluster = Cluster(Transport(configuration, settings=settings, metrics=metrics))
     with pytest.raises(ApiError, match="NoAnswer"):
         await _get(cluster)
     await cluster.close()
@@ -206,12 +213,12 @@ async def test_start_tells_which_resource_is_missing(
     server.answers = list(answers)
 
     with pytest.raises(StartError, match=message):
-        await check_custom_resources(cluster, namespaces=("team",))
+        await cluster.check_custom_resources(namespaces=("team",))
 
 
 async def test_start_waits_for_a_server_that_has_an_outage(cluster: Cluster, server: Server) -> None:
     server.answers = [(503, {}, "etcd is away")]
-    await check_custom_resources(cluster, namespaces=())
+    await cluster.check_custom_resources(namespaces=())
 
     assert 1 == len(server.paths)
 
@@ -224,19 +231,19 @@ async def test_start_waits_for_a_server_that_has_an_outage(cluster: Cluster, ser
     ],
 )
 async def test_list_whose_rest_has_expired_looks_cut_off_to_kopf(
-    cluster: Cluster, server: Server, query: str, expectation: AbstractContextManager[object]
+    transport: Transport, server: Server, query: str, expectation: AbstractContextManager[object]
 ) -> None:
     """It ends for the answer that it is, and lists anew after an error of the payload."""
     server.answers = [(410, {}, '{"reason": "Expired"}')]
-    async with await cluster.open_watch_session() as session:
+    async with await transport.open_watch_session() as session:
         with expectation:
-            async with session.get(f"{cluster.server}/api/v1/pods?{query}") as answer:
+            async with session.get(f"{transport.server}/api/v1/pods?{query}") as answer:
                 assert 410 == answer.status
 
 
 async def test_start_looks_for_profiles_in_the_whole_cluster(cluster: Cluster, server: Server) -> None:
     server.answers = [_EMPTY]
-    await check_custom_resources(cluster, namespaces=("team", "other"))
+    await cluster.check_custom_resources(namespaces=("team", "other"))
 
     prefix = "/apis/finetune.dev/v1alpha1"
     assert [path.partition("?")[0] for path in server.paths] == [

@@ -71,7 +71,7 @@ def test_handlers_stay_thin() -> None:
     ("module", "importer"),
     [
         ("kopf", "operator/finetune_operator/handlers.py"),
-        ("kubernetes", "operator/finetune_operator/cluster.py"),
+        ("kubernetes", "operator/finetune_operator/transport.py"),
     ],
 )
 def test_one_module_alone_imports(module: str, importer: str) -> None:
