@@ -1,5 +1,6 @@
 """The audit: what the watches lost is found, and a deaf watch ends the process."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Bench:
     meanwhile: dict[Kind, list[Callable[[], object]]] = field(default_factory=dict)
     """Happens while a kind is listed."""
     listed: list[tuple[Kind, str | None]] = field(default_factory=list)
+    num_sleeps: int = 0
 
     def __post_init__(self) -> None:
         self.auditor = Auditor(
@@ -55,6 +57,7 @@ class Bench:
         return Listing(version=self.version, objects=objects)
 
     async def sleep(self, seconds: float) -> None:
+        self.num_sleeps += 1
         self.now += seconds
         while self.later and self.later[0][0] <= self.now:
             self.later.pop(0)[1]()
@@ -198,6 +201,29 @@ async def test_workers_wait_until_all_kinds_are_seen(bench: Bench, objects: Any)
     await bench.auditor.wait_until_synced()
 
     assert bench.now >= 7
+
+
+async def test_nothing_is_listed_again_while_objects_keep_coming(bench: Bench, objects: Any) -> None:
+    for number in (1, 2, 3):
+        raw = bench.has(objects.job(f"job-{number}", uid=f"uid-{number}"), is_seen=False)
+        bench.later.append((9 * number, functools.partial(bench.store.observe, Kind.FINETUNEJOB, raw)))
+    await bench.auditor.wait_until_synced()
+
+    assert bench.now >= 27
+    assert len(bench.listed) == len(Kind)
+
+
+async def test_looking_for_many_objects_leaves_the_loop_to_others(bench: Bench, objects: Any) -> None:
+    many = [bench.has(objects.job(f"job-{number}", uid=f"uid-{number}"), is_seen=False) for number in range(2000)]
+
+    def come() -> None:
+        for raw in many:
+            bench.store.observe(Kind.FINETUNEJOB, raw)
+
+    bench.later.append((9, come))
+    await bench.auditor.wait_until_synced()
+
+    assert bench.num_sleeps <= 60 + 1
 
 
 async def test_object_that_is_deleted_meanwhile_does_not_block_the_start(bench: Bench, objects: Any) -> None:
