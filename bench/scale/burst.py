@@ -137,7 +137,6 @@ def _describe_aside(writes: list[Write]) -> list[Figure]:
             text=f"another namespace's jobs meanwhile: creation to {what}, longest",
             value=max(find_latencies(writes, until=until).values()),
             unit="s",
-            is_gated=False,
         )
         for name, (what, until) in answers.items()
     ]
