@@ -218,14 +218,14 @@ def _judge(verdict: Verdict, *, created: int) -> tuple[str, str]:
     """Return what was lost and what was done twice.
 
     The audit log may know fewer creations than there were: when the client of one has died, it has another code than 201. What
-    has come into being is in the end.
+    has come into being is in the end; an act that leads no whole life has none, and asserts what it expects by itself.
     """
     added = dict(verdict.end.added) if verdict.end else {}
     if created > _CREATED or any(number > 1 for number in added.values()):
         return "", f"{created} Jobs were created: {verdict.end} {verdict.problem}"
     if verdict.problem:
         return f"{created} Jobs were created: {verdict.problem}", ""
-    if verdict.end != LIFE:
+    if verdict.end not in (None, LIFE):
         return f"another end: {verdict.end}", ""
     return "", ""
 
