@@ -12,6 +12,7 @@ import yaml
 from bench.operator import ROOT
 from bench.scale.burst import measure_burst, measure_plain
 from bench.scale.cluster import run_world
+from bench.scale.copies import run_copies
 from bench.scale.failures import measure_failures
 from bench.scale.figures import Figure, Runs, find_exceeded, format_table, record
 from bench.scale.operators import run_operator
@@ -20,9 +21,9 @@ from bench.scale.rest import measure_rest, measure_restart
 from bench.scale.upgrade import measure_upgrade
 
 RANGE = ROOT / "bench" / "scale-range.yaml"
-PARTS = ("burst", "rest", "failures", "upgrade", "requests")
-_QUICK = {"burst": 50, "rest": 50, "failures": 20, "upgrade": 20, "requests": 20}
-_FULL = {"burst": 1000, "rest": 10_000, "failures": 1000, "upgrade": 200, "requests": 300}
+PARTS = ("burst", "rest", "restart", "failures", "upgrade", "requests")
+_QUICK = {"burst": 50, "rest": 50, "restart": 50, "failures": 20, "upgrade": 20, "requests": 20}
+_FULL = {"burst": 1000, "rest": 10_000, "restart": 10_000, "failures": 1000, "upgrade": 200, "requests": 300}
 _HEADER = "# Measured values of earlier runs; a gate is their mean times 1.2. Written by `python -m bench.scale --record`.\n"
 
 Part = tuple[str, list[Figure]]
@@ -50,6 +51,10 @@ def run_part(part: str, *, count: int, arguments: argparse.Namespace) -> Iterato
     with run_world(run_seconds=arguments.run_seconds, with_crds=part != "upgrade") as world:
         if part == "upgrade":
             yield f"upgrade with {count} running jobs", measure_upgrade(world, running=count, start=arguments.start)
+            return
+        if part == "restart":
+            with run_copies(world, count=count):
+                yield f"restart with {count} copies of a job", measure_restart(world, count=count)
             return
         if part == "requests":
             with run_operator(world.kubeconfig, world.folder) as operator:

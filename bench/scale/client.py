@@ -50,6 +50,10 @@ class Client:
         """Apply an object, as `kubectl apply --server-side` does."""
         return self._request("PATCH", f"{path}?fieldManager=bench&force=true", body)
 
+    def replace(self, path: str, body: Any) -> Any:
+        """Replace an object, or its status."""
+        return self._request("PUT", path, body)
+
     def merge(self, path: str, body: Any) -> Any:
         """Change fields of an object."""
         return self._request("MERGE", path, body)
