@@ -74,7 +74,7 @@ def measure_burst(world: World, operator: RunningOperator, *, count: int) -> lis
 def measure_plain(world: World, *, count: int) -> list[Figure]:
     """Create as many plain Jobs with the same pods, with no operator running, and return what that took."""
     world.create_namespace(PLAIN)
-    child = world.client.get(f"{jobs(NAMESPACE)}?limit=1")["items"][0]
+    child = world.client.get_first(jobs(NAMESPACE))
     job = copy_as_plain_job(child)
     meter = CpuMeter(world.read_pids())
     do_all(lambda name: create_plain_job(world.client, PLAIN, name, job=job), number("done-", count))

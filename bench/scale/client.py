@@ -42,6 +42,10 @@ class Client:
         """Return an object or a list; LookupError when it is not there."""
         return self._request("GET", path)
 
+    def get_first(self, path: str) -> Any:
+        """Return the first object of a list."""
+        return self.get(f"{path}?limit=1")["items"][0]
+
     def create(self, path: str, body: Any) -> Any:
         """Create an object."""
         return self._request("POST", path, body)

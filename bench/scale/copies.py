@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from finetune_api import names
+
 from bench.scale.burst import NAMESPACE, measure_burst
 from bench.scale.client import Client, do_all
 from bench.scale.cluster import World
@@ -14,7 +16,6 @@ from bench.scale.operators import run_operator
 
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 _CONTROLLERS = ("kube-controller-manager", "kube-scheduler", "kwok")
-_JOB_LABEL = "finetune.dev/job"
 _SET_BY_SERVER = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "generateName", "finalizers")
 
 
@@ -24,9 +25,9 @@ def run_copies(world: World, *, count: int) -> Iterator[None]:
     with run_operator(world.kubeconfig, world.folder) as operator:
         measure_burst(world, operator, count=1)
     client = world.client
-    job = client.get(finetunejobs(NAMESPACE))["items"][0]
-    child = client.get(jobs(NAMESPACE))["items"][0]
-    pod = client.get(_PODS)["items"][0]
+    job = client.get_first(finetunejobs(NAMESPACE))
+    child = client.get_first(jobs(NAMESPACE))
+    pod = client.get_first(_PODS)
     with _hold(world):
         do_all(lambda name: _copy(client, name, job=job, child=child, pod=pod), number("copy-", count))
         yield
@@ -46,9 +47,9 @@ def _hold(world: World) -> Iterator[None]:
 
 
 def _copy(client: Client, name: str, *, job: Any, child: Any, pod: Any) -> None:
-    made = _create(client, finetunejobs(NAMESPACE), name, of=job | {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob"})
+    made = _create(client, finetunejobs(NAMESPACE), name, of=job | {"apiVersion": names.API_VERSION, "kind": names.KIND})
     child_name = name + child["metadata"]["name"].removeprefix(job["metadata"]["name"])
-    labels = {_JOB_LABEL: name}
+    labels = {names.LABEL_JOB: name}
     # The API server gives selector and labels to a Job that has none.
     template = child["spec"]["template"]
     template = template | {"metadata": template["metadata"] | {"labels": _drop_tracking(template["metadata"]["labels"]) | labels}}

@@ -20,8 +20,8 @@ _SAMPLES = 3
 def take_samples(world: World, operator: RunningOperator) -> tuple[Any, Any]:
     """Let the operator lead a few jobs to their end; return the Job that it made for one and the status that it wrote."""
     measure_burst(world, operator, count=_SAMPLES)
-    child = world.client.get(f"{jobs('burst')}?limit=1")["items"][0]
-    return copy_as_plain_job(child), world.client.get(f"{finetunejobs('burst')}?limit=1")["items"][0]["status"]
+    child = world.client.get_first(jobs("burst"))
+    return copy_as_plain_job(child), world.client.get_first(finetunejobs("burst"))["status"]
 
 
 def measure_requests(world: World, *, count: int, job: Any, status: Any) -> list[Figure]:

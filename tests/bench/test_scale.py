@@ -95,27 +95,22 @@ def test_log_gives_the_writes_of_a_namespace_alone() -> None:
     assert [("finetune-operator", "finetunejobs/status"), ("kube-scheduler", "jobs")] == found
 
 
-def test_latency_counts_from_the_users_apply_to_the_first_job() -> None:
+@pytest.mark.parametrize(
+    ("until", "seconds"),
+    [pytest.param("jobs", 0.5, id="first Job"), pytest.param("finetunejobs/status", 0.7, id="first status")],
+)
+def test_latency_counts_from_the_users_apply_to_the_first_answer(until: str, seconds: float) -> None:
     writes = [
         build_write("bench", "finetunejobs", "done-1", seconds=0),
         build_write("finetune-operator", "jobs", "done-1-abc-1", seconds=0.2, code=409),
         build_write("finetune-operator", "jobs", "done-1-abc-1", seconds=0.5),
+        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=0.7),
+        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=3),
         build_write("finetune-operator", "jobs", "done-1-abc-2", seconds=9),
         build_write("finetune-operator", "jobs", "unknown-abc-1", seconds=9),
     ]
 
-    assert {"done-1": 0.5} == find_latencies(writes)
-
-
-def test_latency_to_the_first_status_knows_the_job_by_its_own_name() -> None:
-    writes = [
-        build_write("bench", "finetunejobs", "done-1", seconds=0),
-        build_write("finetune-operator", "jobs", "done-1-abc-1", seconds=0.2),
-        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=0.7),
-        build_write("finetune-operator", "finetunejobs/status", "done-1", seconds=3),
-    ]
-
-    assert {"done-1": 0.7} == find_latencies(writes, until="finetunejobs/status")
+    assert {"done-1": seconds} == find_latencies(writes, until=until)
 
 
 def test_writes_are_the_operators_without_its_lease() -> None:

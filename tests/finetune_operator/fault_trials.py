@@ -218,12 +218,12 @@ def _judge(verdict: Verdict, *, created: int) -> tuple[str, str]:
     """Return what was lost and what was done twice.
 
     The audit log may know fewer creations than there were: when the client of one has died, it has another code than 201. What
-    has come into being is in the end; an act that leads no whole life has none, and asserts what it expects by itself.
+    has come into being is in the end; for an act that leads no whole life, and so has none, the log decides.
     """
     added = dict(verdict.end.added) if verdict.end else {}
     if created > _CREATED or any(number > 1 for number in added.values()):
         return "", f"{created} Jobs were created: {verdict.end} {verdict.problem}"
-    if verdict.problem:
+    if verdict.problem or (verdict.end is None and created < _CREATED):
         return f"{created} Jobs were created: {verdict.problem}", ""
     if verdict.end not in (None, LIFE):
         return f"another end: {verdict.end}", ""
