@@ -25,7 +25,14 @@ class Write:
     name: str
     verb: str
     code: int
+    received_at: datetime
     at: datetime
+    """When it was answered."""
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the API server took."""
+        return (self.at - self.received_at).total_seconds()
 
 
 def read_writes(folder: Path, *, namespace: str = "") -> list[Write]:
@@ -52,6 +59,7 @@ def parse_writes(lines: Iterable[str], *, namespace: str = "") -> Iterator[Write
             name=reference.get("name", ""),
             verb=entry["verb"],
             code=int((entry.get("responseStatus") or {}).get("code", 0)),
+            received_at=datetime.fromisoformat(entry["requestReceivedTimestamp"]),
             at=datetime.fromisoformat(entry["stageTimestamp"]),
         )
 
@@ -72,6 +80,11 @@ def find_latencies(writes: Iterable[Write], *, user: str = "bench", until: str =
             if owner in created:
                 latencies.setdefault(owner, (write.at - created[owner]).total_seconds())
     return latencies
+
+
+def find_answer_times(writes: Iterable[Write], *, agent: str, resource: str) -> list[float]:
+    """Return how long the API server took for each write of a program that succeeded, in seconds."""
+    return [each.seconds for each in writes if each.agent == agent and each.resource == resource and each.code < 300]
 
 
 def count_writes(writes: Iterable[Write], *, agent: str = OPERATOR, since: datetime | None = None) -> Counter[str]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from finetune_operator.policies.progress import parse_termination_message
 
-from bench.scale.audit import Write, count_writes, find_latencies, parse_writes
+from bench.scale.audit import Write, count_writes, find_answer_times, find_latencies, parse_writes
 from bench.scale.figures import Figure, compute_gate, find_exceeded, find_quantile, format_table, record
 from bench.scale.load import copy_as_plain_job
 from bench.scale.operators import parse_metric
@@ -29,6 +29,7 @@ def build_line(**fields: Any) -> str:
         "userAgent": "finetune-operator",
         "objectRef": reference,
         "responseStatus": {"code": 201},
+        "requestReceivedTimestamp": "2026-01-01T00:00:00.150000Z",
         "stageTimestamp": "2026-01-01T00:00:00.250000Z",
     }
     return json.dumps(entry | fields, separators=(",", ":")) + "\n"
@@ -36,7 +37,10 @@ def build_line(**fields: Any) -> str:
 
 def build_write(agent: str, resource: str, name: str, *, seconds: float, code: int = 201) -> Write:
     at = _START + timedelta(seconds=seconds)
-    return Write(agent=agent, resource=resource, namespace="burst", name=name, verb="patch", code=code, at=at)
+    received_at = at - timedelta(seconds=0.1)
+    return Write(
+        agent=agent, resource=resource, namespace="burst", name=name, verb="patch", code=code, received_at=received_at, at=at
+    )
 
 
 def test_gate_is_the_mean_of_the_runs_and_a_fifth() -> None:
