@@ -32,6 +32,7 @@ from finetune_operator.metrics import (
     WATCH_EVENTS,
     Metrics,
 )
+from finetune_operator.policies.progress import compute_report_delay
 from finetune_operator.queue import WorkQueue
 from finetune_operator.recorder import Recorder
 from finetune_operator.report_server import ReportServer
@@ -169,10 +170,10 @@ class Operator:
 
     def _enqueue_report(self, key: Key) -> None:
         """Have a key reconciled when its progress may be written next; the reports until then need no look of their own."""
-        record = self._store.jobs.find(key)
+        record, now = self._store.jobs.find(key), _now()
         shown_at = record.content.progress_at if record else None
-        seconds = self._settings.progress_seconds - (_now() - shown_at).total_seconds() if shown_at else 0
-        self._queue.add_after(key, seconds)
+        interval = self._settings.progress_seconds
+        self._queue.add_after(key, compute_report_delay(shown_at, received_at=now, now=now, interval_seconds=interval))
 
     async def _audit(self) -> None:
         await self._auditor.wait_until_synced()

@@ -83,7 +83,8 @@ class Settings(BaseModel):
     retry_limit_seconds: Annotated[float, Field(gt=0)] = 360
     """Longest delay before a retry."""
     progress_seconds: Annotated[float, Field(gt=0)] = 10
-    """Shortest time between two status writes of one FineTuneJob that only carry progress."""
+    """Usual time between two status writes of one FineTuneJob that only carry progress: the next report after it is written as it
+    comes, or an earlier one after half as long again when no other has come."""
     progress_writes_per_second: Annotated[float, Field(gt=0)] = 100
     """Rate of status writes that only carry progress, over all FineTuneJobs. Beyond it they wait their turn."""
     evidence_seconds: Annotated[float, Field(gt=0)] = 10

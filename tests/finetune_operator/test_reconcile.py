@@ -295,17 +295,20 @@ def test_other_resources_give_a_failed_job_another_chance() -> None:
     assert not is_true(world.status.conditions, "Stalled")
 
 
-def test_progress_is_written_at_once_and_then_at_most_every_ten_seconds() -> None:
+def test_progress_is_written_at_once_and_then_when_ten_seconds_are_over_or_no_other_report_comes() -> None:
     world = World().settle().run().post(progress_percentage=10, metrics=(Metric(name="loss", value="1.5"),)).settle()
     assert world.status.trainer_status is not None
     assert (10, "loss=1.5") == (world.status.trainer_status.progress_percentage, world.status.metric)
 
     world.wait(4).post(progress_percentage=20)
     outcome = world.reconcile()
-    assert (None, 6) == (outcome.status, outcome.requeue_after)
+    assert (None, 11) == (outcome.status, outcome.requeue_after)
 
-    world.wait(6).settle()
-    assert 20 == world.status.trainer_status.progress_percentage
+    world.wait(6).post(progress_percentage=30).settle()
+    assert 30 == world.status.trainer_status.progress_percentage
+
+    world.wait(4).post(progress_percentage=40).wait(11).settle()
+    assert 40 == world.status.trainer_status.progress_percentage
 
 
 def test_only_a_write_of_mere_progress_can_wait_its_turn() -> None:

@@ -458,7 +458,7 @@ def test_checkpoint_is_progress_and_costs_no_writes_of_its_own() -> None:
 
     outcome = world.reconcile()
 
-    assert (None, 6) == (outcome.status, outcome.requeue_after)
+    assert (None, 11) == (outcome.status, outcome.requeue_after)
 
 
 def test_events_of_a_job_without_a_pod_are_looked_at_ever_more_rarely() -> None:

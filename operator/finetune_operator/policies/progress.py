@@ -1,6 +1,6 @@
 """Which report is shown, and when progress alone is worth a write (pure)."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_api.contract import TrainerReport
 from finetune_api.v1alpha1 import CheckpointStatus, FineTuneJobStatus, Metric, ResultMetric, TrainerStatus
@@ -11,6 +11,10 @@ from finetune_operator.policies.pace import estimate_seconds_left, follow
 
 # The task's main metric while it trains, best first.
 _MAIN_METRICS = ("val_accuracy", "probe_val_accuracy", "loss")
+# What comes by this share of the interval before its end is not made to wait for another one.
+_EARLY = 0.1
+# So many intervals after the shown one, an earlier report is written, as no other comes.
+_PATIENCE = 1.5
 
 
 def parse_termination_message(message: str | None) -> TrainerReport | None:
@@ -90,10 +94,28 @@ def compute_progress_delay(old: FineTuneJobStatus, new: FineTuneJobStatus, *, no
     """Return for how many seconds a status write can wait: 0 unless only progress changed since a recent write."""
     if not is_only_progress(old, new):
         return 0
-    if old.trainer_status is None or old.trainer_status.last_updated_time is None:
+    return compute_report_delay(
+        _find_time(old.trainer_status), received_at=_find_time(new.trainer_status), now=now, interval_seconds=interval_seconds
+    )
+
+
+def compute_report_delay(
+    shown_at: datetime | None, *, received_at: datetime | None, now: datetime, interval_seconds: float
+) -> float:
+    """Return for how many seconds the write of the newest report can wait, given when the shown one was received.
+
+    The first one that comes about an interval after the shown one is written as it comes: a trainer that reports every few
+    seconds has each status written while its report is new. An earlier one is written when no other comes.
+    """
+    if shown_at is None or received_at is None:
         return 0
-    due = old.trainer_status.last_updated_time + timedelta(seconds=interval_seconds)
-    return max(0.0, (due - now).total_seconds())
+    if (received_at - shown_at).total_seconds() >= interval_seconds * (1 - _EARLY):
+        return 0
+    return max(0.0, interval_seconds * _PATIENCE - (now - shown_at).total_seconds())
+
+
+def _find_time(status: TrainerStatus | None) -> datetime | None:
+    return status.last_updated_time if status else None
 
 
 def is_only_progress(old: FineTuneJobStatus, new: FineTuneJobStatus) -> bool:
