@@ -64,7 +64,7 @@ def run_part(part: str, *, count: int, arguments: argparse.Namespace) -> Iterato
             return
         with run_operator(world.kubeconfig, world.folder) as operator:
             if part == "failures":
-                rate, healthy = arguments.rate, arguments.healthy or min(count, 1000)
+                rate, healthy = arguments.rate, min(arguments.healthy, count) if arguments.quick else arguments.healthy
                 yield (
                     f"{count} failing jobs beside {healthy} healthy ones at {rate:g} a second",
                     measure_failures(world, operator, failing=count, healthy=healthy, per_second=rate),
@@ -97,8 +97,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"show that it runs: {_QUICK}")
     parser.add_argument("--run-seconds", type=float, default=2, help="how long each pod runs")
     parser.add_argument("--rest-seconds", type=float, default=300, help="how long nothing may happen")
-    parser.add_argument("--rate", type=float, default=10, help="healthy jobs a second beside the failing ones")
-    parser.add_argument("--healthy", type=int, help="number of these instead of as many as fail, at most 1,000")
+    parser.add_argument("--healthy", type=int, default=500, help="number of healthy jobs beside the failing ones")
+    parser.add_argument("--rate", type=float, default=5, help="how many of these a second")
     parser.add_argument("--from", dest="start", metavar="COMMIT", help="where the upgrade starts")
     parser.add_argument("--record", action="store_true", help=f"add the figures to {RANGE.name} instead of checking them")
     return parser.parse_args()

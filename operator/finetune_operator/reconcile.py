@@ -222,7 +222,12 @@ def _go_on(context: Context) -> Step:
 def _retry(context: Context, failure: Failure) -> Step:
     """Start the next attempt when its time has come; the failure is in the status already, or it would count twice."""
     settings = context.settings
-    due = compute_retry_time(context.status, base_seconds=settings.retry_base_seconds, limit_seconds=settings.retry_limit_seconds)
+    due = compute_retry_time(
+        context.status,
+        uid=context.job.uid,
+        base_seconds=settings.retry_base_seconds,
+        limit_seconds=settings.retry_limit_seconds,
+    )
     seconds = (due - context.now).total_seconds() if due else 0.0
     if seconds <= 0:
         return start_attempt(context)

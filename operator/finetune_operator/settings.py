@@ -79,9 +79,10 @@ class Settings(BaseModel):
     """How long a change that such a comparison knows of may take to arrive by a watch, before the process ends to start anew."""
 
     retry_base_seconds: Annotated[float, Field(gt=0)] = 10
-    """Delay before the first retry of a failed attempt. Each further retry waits twice as long."""
+    """Delay before the first retry of a failed attempt. Each further retry waits twice as long; every job up to half longer by
+    a share of its own, so that those which failed together do not come back together."""
     retry_limit_seconds: Annotated[float, Field(gt=0)] = 360
-    """Longest delay before a retry."""
+    """Longest delay before a retry, without that share."""
     progress_seconds: Annotated[float, Field(gt=0)] = 10
     """Usual time between two status writes of one FineTuneJob that only carry progress: the next report after it is written as it
     comes, or an earlier one after half as long again when no other has come."""

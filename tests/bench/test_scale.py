@@ -8,7 +8,7 @@ import pytest
 import yaml
 from finetune_operator.policies.progress import parse_termination_message
 
-from bench.scale.audit import Write, count_writes, find_answer_times, find_latencies, parse_writes
+from bench.scale.audit import Write, count_writes, find_latencies, parse_writes
 from bench.scale.figures import Figure, compute_gate, find_exceeded, find_quantile, format_table, record
 from bench.scale.load import copy_as_plain_job
 from bench.scale.operators import parse_metric

@@ -32,7 +32,7 @@ def test_disruptions_leave_the_limit_to_failures() -> None:
     world.run().exit(1)
 
     assert ("Retrying", 4, 1) == (world.state, world.status.restarts, world.status.restarts_counted_towards_limit)
-    world.wait(10).settle().run().exit(1)
+    world.wait(15).settle().run().exit(1)
     assert ("Failed", ("BackoffLimitExceeded", "TrainerError")) == (world.state, world.cause)
     assert "TrainerError: " in world.message
     assert "backoffLimit 1 is reached" in world.message
@@ -41,7 +41,7 @@ def test_disruptions_leave_the_limit_to_failures() -> None:
 def test_delay_looks_at_the_failures_that_count() -> None:
     world = _policy(backoffLimit=5).run().disrupt().wait(60).run().disrupt().run().exit(1)
 
-    assert 10 == world.reconcile().requeue_after
+    assert 10 <= (world.reconcile().requeue_after or 0) < 15
 
 
 def test_disruptions_as_fast_as_pods_are_not_retried_at_once() -> None:
@@ -51,8 +51,9 @@ def test_disruptions_as_fast_as_pods_are_not_retried_at_once() -> None:
         assert "Pending" == world.state
     world.wait(1).run().disrupt()
 
-    assert ("Retrying", 10) == (world.state, world.reconcile().requeue_after)
-    world.wait(10).settle()
+    assert "Retrying" == world.state
+    assert 10 <= (world.reconcile().requeue_after or 0) < 15
+    world.wait(15).settle()
     assert 5 == world.status.attempt
 
 
@@ -106,11 +107,10 @@ def test_rule_for_a_failure_comes_before_the_table() -> None:
         {"name": "oom", "onReasons": ["OOMKilled"], "action": "Fail"},
     ]
     world = _policy(backoffLimit=0, failureRules=rules).run().exit(1)
-    assert ("Retrying", 0, 10) == (
-        world.state, world.status.restarts_counted_towards_limit, world.reconcile().requeue_after
-    )  # fmt: skip
+    assert ("Retrying", 0) == (world.state, world.status.restarts_counted_towards_limit)
+    assert 10 <= (world.reconcile().requeue_after or 0) < 15
 
-    world.wait(10).settle().run().exit(137, reason="OOMKilled")
+    world.wait(15).settle().run().exit(137, reason="OOMKilled")
 
     assert ("Failed", ("OOMKilled", "OOMKilled")) == (world.state, world.cause)
     assert "'oom'" in world.message
@@ -419,7 +419,7 @@ def test_run_that_returns_to_its_queue_is_not_complete_by_its_earlier_model() ->
 
 
 def test_lost_time_is_what_lies_between_the_checkpoint_and_the_end() -> None:
-    world = _policy(backoffLimit=5).run().wait(40).save().wait(25).exit(1).wait(10).settle()
+    world = _policy(backoffLimit=5).run().wait(40).save().wait(25).exit(1).wait(15).settle()
     world.run().wait(7).exit(1)
 
     assert [25, 7] == [each.lost_seconds for each in world.status.restart_history]

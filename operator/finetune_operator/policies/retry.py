@@ -1,5 +1,6 @@
 """When a failed attempt is tried again, and what a restart leaves in the status (pure)."""
 
+import hashlib
 from datetime import datetime, timedelta
 
 from finetune_api.v1alpha1 import FineTuneJobStatus, Restart
@@ -8,6 +9,8 @@ from finetune_operator.policies.failure import MEMORY_REASONS, is_disruption
 
 _MAX_HISTORY = 16
 _MAX_DIVISOR = 1024
+# The largest share by which a delay is longer than the usual one.
+_SPREAD = 0.5
 # Disruptions are retried at once, but not when they come as fast as pods can be created.
 _STORM_RESTARTS = 4
 _STORM_SECONDS = 60
@@ -28,21 +31,28 @@ def record_restart(
     return status.model_copy(update=update)
 
 
-def compute_retry_time(status: FineTuneJobStatus, *, base_seconds: float, limit_seconds: float) -> datetime | None:
+def compute_retry_time(status: FineTuneJobStatus, *, uid: str, base_seconds: float, limit_seconds: float) -> datetime | None:
     """Return when the attempt after the last restart starts, or None when there was none.
 
     After a failure that counts: base, 2 x base, 4 x base ... after it, at most the limit. The defaults (10 s, 6 min) are those
     of batch/v1 Jobs: https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
+    Each delay is longer by a share of its own, which follows from the FineTuneJob's uid: many that fail at one time, as their
+    dataset or registry is away, would otherwise come back as one wave.
     """
     if not status.restart_history:
         return None
     last = status.restart_history[-1]
-    if not last.counted:
-        is_at_once = is_disruption(last.reason) and not _is_storm(status.restart_history)
-        return last.time + timedelta(seconds=0 if is_at_once else base_seconds)
+    if not last.counted and is_disruption(last.reason) and not _is_storm(status.restart_history):
+        return last.time
     # The exponent is bounded so that a large count cannot overflow the float.
-    delay = base_seconds * 2.0 ** min(max(status.restarts_counted_towards_limit - 1, 0), 30)
-    return last.time + timedelta(seconds=min(delay, limit_seconds))
+    doublings = min(max(status.restarts_counted_towards_limit - 1, 0), 30) if last.counted else 0
+    delay = min(base_seconds * 2.0**doublings, limit_seconds)
+    return last.time + timedelta(seconds=delay * (1 + _SPREAD * _pick_share(f"{uid}/{status.restarts}")))
+
+
+def _pick_share(text: str) -> float:
+    """Return a number from 0 to 1, always the same for a text and evenly spread over many of them."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _is_storm(history: tuple[Restart, ...]) -> bool:
