@@ -51,6 +51,8 @@ class Course:
     seconds: float
     begun: float
     answers: Counter[int] = field(default_factory=Counter)
+    post_seconds: list[float] = field(default_factory=list)
+    """How long each report took until it was answered."""
 
 
 def start_trainers(api: Api, *, number: int) -> list[Trainer]:
@@ -142,6 +144,7 @@ async def post(session: aiohttp.ClientSession, trainer: Trainer, course: Course,
     try:
         async with session.post(trainer.url, json=body, headers=headers, timeout=aiohttp.ClientTimeout(total=5)) as answer:
             course.answers[answer.status] += 1
+            course.post_seconds.append(time.monotonic() - trainer.sent[step])
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError):
         course.answers[0] += 1

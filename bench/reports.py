@@ -54,6 +54,13 @@ def list_ages(course: Course) -> list[float]:
     return sorted(ages)
 
 
+def list_first_ages(course: Course) -> list[float]:
+    """Return how old each report was when its status came to its watchers."""
+    return sorted(
+        shown_at - trainer.sent[step] for trainer in course.trainers for shown_at, step in trainer.shown if step in trainer.sent
+    )
+
+
 def list_status_writes(audit_log: Path, *, begin: datetime, end: datetime) -> list[datetime]:
     """Return when the operator wrote a status."""
     found = []
@@ -85,6 +92,10 @@ def print_table(course: Course, *, writes: Sequence[datetime], number: int, load
         ("reports accepted", f"{accepted} of {total}"),
         ("age of the report that a status shows, p50", f"{pick(ages, 0.5):.1f} s"),
         ("age of the report that a status shows, p99", f"{pick(ages, 0.99):.1f} s"),
+        ("of these: until the POST is answered, p50", f"{pick(sorted(course.post_seconds), 0.5):.1f} s"),
+        ("of these: until the POST is answered, p99", f"{pick(sorted(course.post_seconds), 0.99):.1f} s"),
+        ("of these: until a watcher sees the status, p50", f"{pick(list_first_ages(course), 0.5):.1f} s"),
+        ("of these: until a watcher sees the status, p99", f"{pick(list_first_ages(course), 0.99):.1f} s"),
         ("status writes a second, mean", f"{len(writes) / course.seconds:.0f}"),
         ("status writes a second, busiest 5 s", f"{busiest:.0f}"),
         ("final reports that no status shows", str(lost)),

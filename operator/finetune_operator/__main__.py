@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -104,6 +105,7 @@ class Operator:
             certificate=settings.tls_certificate_file,
             key=settings.tls_key_file,
         )
+        self._progress_turns: Turns[Key] = Turns(rate=settings.progress_writes_per_second, clock=time.monotonic)
         self._controller = Controller(
             store=self._store,
             queue=self._queue,
@@ -111,7 +113,7 @@ class Operator:
             recorder=self._recorder,
             metrics=metrics,
             settings=load_trainer_settings(settings),
-            progress_turns=Turns(rate=settings.progress_writes_per_second, clock=time.monotonic),
+            progress_turns=self._progress_turns,
             clock=_now,
         )
         self._stop = asyncio.Event()
@@ -170,10 +172,14 @@ class Operator:
 
     def _enqueue_report(self, key: Key) -> None:
         """Have a key reconciled when its progress may be written next; the reports until then need no look of their own."""
-        record, now = self._store.jobs.find(key), _now()
+        record = self._store.jobs.find(key)
         shown_at = record.content.progress_at if record else None
-        interval = self._settings.progress_seconds
-        self._queue.add_after(key, compute_report_delay(shown_at, received_at=now, now=now, interval_seconds=interval))
+        delay = compute_report_delay(
+            (_now() - shown_at).total_seconds() if shown_at else math.inf,
+            seconds_since_write=self._progress_turns.seconds_since(key),
+            interval_seconds=self._settings.progress_seconds,
+        )
+        self._queue.add_after(key, delay)
 
     async def _audit(self) -> None:
         await self._auditor.wait_until_synced()

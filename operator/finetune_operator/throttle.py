@@ -57,6 +57,7 @@ class Turns(Generic[K]):
         self._bucket = TokenBucket(rate=rate, burst=max(1, round(rate / 10)), clock=clock)
         self._clock = clock
         self._due: dict[K, float] = {}
+        self._taken_at: dict[K, float] = {}
 
     def take(self, key: K) -> float:
         """Take the turn of a key and return 0 if it has come, else return the seconds until then."""
@@ -66,8 +67,14 @@ class Turns(Generic[K]):
         if seconds > 0:
             return seconds
         del self._due[key]
+        self._taken_at[key] = self._clock()
         return 0.0
+
+    def seconds_since(self, key: K) -> float:
+        """Return how long ago the last turn of a key came; infinity if it had none."""
+        return self._clock() - self._taken_at.get(key, float("-inf"))
 
     def forget(self, key: K) -> None:
         """Give up the turn of a key that is gone."""
         self._due.pop(key, None)
+        self._taken_at.pop(key, None)

@@ -1,24 +1,18 @@
 """When a report is written into the status."""
 
 import itertools
+import math
 import random
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from finetune_operator.policies.progress import compute_report_delay
 
-_SHOWN_AT = datetime(2026, 1, 1, tzinfo=UTC)
 _INTERVAL = 10.0
 
 
-def compute_delay(*, received: float | None, now: float) -> float:
-    return compute_report_delay(
-        _SHOWN_AT,
-        received_at=None if received is None else _SHOWN_AT + timedelta(seconds=received),
-        now=_SHOWN_AT + timedelta(seconds=now),
-        interval_seconds=_INTERVAL,
-    )
+def compute_delay(later: float, *, age: float = 0) -> float:
+    return compute_report_delay(later, age_seconds=age, interval_seconds=_INTERVAL)
 
 
 def list_writes(arrivals: Iterable[float]) -> list[tuple[float, float]]:
@@ -28,7 +22,7 @@ def list_writes(arrivals: Iterable[float]) -> list[tuple[float, float]]:
         shown = writes[-1][1] if writes else None
         now = arrival
         while now < following:
-            delay = 0.0 if shown is None else compute_delay(received=arrival - shown, now=now - shown)
+            delay = 0.0 if shown is None else compute_delay(arrival - shown, age=now - arrival)
             if delay == 0:
                 writes.append((now, arrival))
                 break
@@ -37,19 +31,33 @@ def list_writes(arrivals: Iterable[float]) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("received", "now", "delay"),
+    ("later", "age", "delay"),
     [
-        pytest.param(5, 5, 10, id="early: another one is waited for"),
-        pytest.param(5, 15, 0, id="no other one came"),
-        pytest.param(8.9, 8.9, 6.1, id="a little too early"),
-        pytest.param(9, 9, 0, id="just before the end"),
-        pytest.param(10.3, 10.3, 0, id="just after the end"),
-        pytest.param(60, 60, 0, id="rare"),
-        pytest.param(None, 0, 0, id="the status has no report any more"),
+        pytest.param(5, 0, 10, id="early: another one is waited for"),
+        pytest.param(5, 4, 6, id="early, looked at again"),
+        pytest.param(5, 10, 0, id="no other one came"),
+        pytest.param(8.9, 0, 6.1, id="a little too early"),
+        pytest.param(9, 0, 0, id="just before the end"),
+        pytest.param(10.3, 0, 0, id="just after the end"),
+        pytest.param(math.inf, 0, 0, id="the first one"),
     ],
 )
-def test_report_waits_for_the_end_of_its_interval(received: float | None, now: float, delay: float) -> None:
-    assert pytest.approx(delay) == compute_delay(received=received, now=now)
+def test_report_waits_for_the_end_of_its_interval(later: float, age: float, delay: float) -> None:
+    assert pytest.approx(delay) == compute_delay(later, age=age)
+
+
+@pytest.mark.parametrize(
+    ("since_write", "delay"),
+    [
+        pytest.param(9.9, 0, id="it came at once"),
+        pytest.param(7.5, 0, id="it waited a little"),
+        pytest.param(7.4, 7.6, id="it waited for long"),
+    ],
+)
+def test_write_that_waited_for_its_turn_makes_the_next_one_later(since_write: float, delay: float) -> None:
+    found = compute_report_delay(10, seconds_since_write=since_write, interval_seconds=_INTERVAL)
+
+    assert pytest.approx(delay) == found
 
 
 @pytest.mark.parametrize("period", [0.1, 1, 2, 3, 4, 5, 6, 7, 10, 13, 60])

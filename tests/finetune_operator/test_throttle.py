@@ -1,5 +1,7 @@
 """The token bucket, with the clock in the test's hand."""
 
+import math
+
 import pytest
 from finetune_operator.throttle import TokenBucket, Turns
 
@@ -48,13 +50,28 @@ def test_keys_beyond_the_rate_wait_for_one_turn_each() -> None:
     assert later == pytest.approx([0, 0.1])
 
 
+def test_time_since_the_last_turn_counts_from_when_it_came() -> None:
+    clock = Clock()
+    turns: Turns[str] = Turns(rate=10, clock=clock)
+    turns.take("a")
+    turns.take("b")
+    before = turns.seconds_since("b")
+    clock.now = 0.1
+    turns.take("b")
+    clock.now = 5
+
+    assert (before, turns.seconds_since("a"), turns.seconds_since("b")) == (math.inf, 5, pytest.approx(4.9))
+
+
 def test_key_that_is_gone_leaves_no_turn() -> None:
     turns: Turns[str] = Turns(rate=10, clock=Clock())
     turns.take("a")
     turns.take("b")
+    turns.forget("a")
     turns.forget("b")
 
     assert turns.take("b") == pytest.approx(0.2)
+    assert turns.seconds_since("a") == math.inf
 
 
 def test_a_token_is_there_or_not() -> None:

@@ -1,5 +1,6 @@
 """Which report is shown, and when progress alone is worth a write (pure)."""
 
+import math
 from datetime import datetime
 
 from finetune_api.contract import TrainerReport
@@ -13,6 +14,8 @@ from finetune_operator.policies.pace import estimate_seconds_left, follow
 _MAIN_METRICS = ("val_accuracy", "probe_val_accuracy", "loss")
 # What comes by this share of the interval before its end is not made to wait for another one.
 _EARLY = 0.1
+# A write that had to wait by more than this share makes the next one later, so that the turns of all catch up.
+_LATE = 0.25
 # So many intervals after the shown one, an earlier report is written, as no other comes.
 _PATIENCE = 1.5
 
@@ -94,24 +97,28 @@ def compute_progress_delay(old: FineTuneJobStatus, new: FineTuneJobStatus, *, no
     """Return for how many seconds a status write can wait: 0 unless only progress changed since a recent write."""
     if not is_only_progress(old, new):
         return 0
+    shown_at, received_at = _find_time(old.trainer_status), _find_time(new.trainer_status)
+    if shown_at is None or received_at is None:
+        return 0
     return compute_report_delay(
-        _find_time(old.trainer_status), received_at=_find_time(new.trainer_status), now=now, interval_seconds=interval_seconds
+        (received_at - shown_at).total_seconds(),
+        age_seconds=(now - received_at).total_seconds(),
+        interval_seconds=interval_seconds,
     )
 
 
 def compute_report_delay(
-    shown_at: datetime | None, *, received_at: datetime | None, now: datetime, interval_seconds: float
+    seconds_later: float, *, age_seconds: float = 0, seconds_since_write: float = math.inf, interval_seconds: float
 ) -> float:
-    """Return for how many seconds the write of the newest report can wait, given when the shown one was received.
+    """Return for how many seconds the write of a report can wait that came so much later than the shown one.
 
     The first one that comes about an interval after the shown one is written as it comes: a trainer that reports every few
     seconds has each status written while its report is new. An earlier one is written when no other comes.
     """
-    if shown_at is None or received_at is None:
+    is_late = seconds_since_write < interval_seconds * (1 - _LATE)
+    if seconds_later >= interval_seconds * (1 - _EARLY) and not is_late:
         return 0
-    if (received_at - shown_at).total_seconds() >= interval_seconds * (1 - _EARLY):
-        return 0
-    return max(0.0, interval_seconds * _PATIENCE - (now - shown_at).total_seconds())
+    return max(0.0, interval_seconds * _PATIENCE - min(seconds_later + age_seconds, seconds_since_write))
 
 
 def _find_time(status: TrainerStatus | None) -> datetime | None:
