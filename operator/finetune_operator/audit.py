@@ -108,19 +108,32 @@ class Auditor:
 
     async def audit(self) -> None:
         """Purge what is gone, check that what changed arrives, and have every FineTuneJob reconciled."""
+        deadline = self._clock() + self._deaf_seconds
         listings = await self._list()
-        num_purged = sum(self._purge(kind, listing_of) for kind, listing_of in listings.items())
-        lagging = await self._wait_for(self._find_lagging(listings), seconds=self._deaf_seconds)
-        if lagging:
-            self._metrics.count(AUDITS_DONE, result="deaf")
-            kinds = ", ".join(sorted({kind.value for kind, _ in lagging}))
-            raise DeafWatchError(
-                f"{len(lagging)} changes of {kinds} did not arrive within {self._deaf_seconds:.0f} s; starting anew"
-            )
+        num_purged, lagging = self._purge_all(listings), self._find_lagging(listings)
+        while left := await self._wait_for(lagging, seconds=min(_RELIST_SECONDS, deadline - self._clock())):
+            is_over = self._clock() >= deadline
+            if is_over or len(left) == len(lagging):
+                # What is deleted in between, while a watch is away, never arrives.
+                listings = await self._list()
+                num_purged += self._purge_all(listings)
+                existing = {(kind, uid) for kind, listings_of in listings.items() for each in listings_of for uid in each.objects}
+                left = {what: version for what, version in left.items() if what in existing}
+            if left and is_over:
+                raise self._build_deaf_error(left)
+            lagging = left
         self._audited_at = self._clock()
         self._metrics.count(AUDITS_DONE, result="repaired" if num_purged else "clean")
         for key in self._store.list_keys():
             self._enqueue(key)
+
+    def _build_deaf_error(self, lagging: Versions) -> DeafWatchError:
+        """Return the error that ends the process, counted."""
+        self._metrics.count(AUDITS_DONE, result="deaf")
+        kinds = ", ".join(sorted({kind.value for kind, _ in lagging}))
+        return DeafWatchError(
+            f"{len(lagging)} changes of {kinds} did not arrive within {self._deaf_seconds:.0f} s; starting anew"
+        )
 
     async def _list(self) -> dict[Kind, list[Listing]]:
         return {kind: await self._list_kind(kind) for kind in Kind}
@@ -137,6 +150,10 @@ class Auditor:
                 self._metrics.count(AUDITS_DONE, result="rewound")
                 raise RewoundError(f"{num_undone} of the {kind.value}" if num_undone else f"the {kind.value}")
         return listings
+
+    def _purge_all(self, listings: Mapping[Kind, list[Listing]]) -> int:
+        """Remove what the API server no longer has of any kind, and return how much that was."""
+        return sum(self._purge(kind, listings_of) for kind, listings_of in listings.items())
 
     def _purge(self, kind: Kind, listings: list[Listing]) -> int:
         """Remove what the API server no longer has, and return how much that was."""

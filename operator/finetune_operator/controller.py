@@ -24,6 +24,10 @@ from finetune_operator.views import Key, Kind, RawObject, is_passing
 logger = logging.getLogger(__name__)
 
 _JOB = "Job"
+# How the API server tells that a namespace is being deleted, and all in it soon:
+# https://github.com/kubernetes/apiserver/blob/master/pkg/admission/plugin/namespace/lifecycle/admission.go
+_TERMINATING = "because it is being terminated"
+_TERMINATING_SECONDS = 30.0
 _NAME_TAKEN = "a Job of this name exists, and it is not this FineTuneJob's"
 
 
@@ -135,6 +139,9 @@ class Controller:
             await self._adopt(job, child)
         if (taken := await self._find_taken(job, outcome)) is not None:
             return await self._wait_for_name(job, observed, taken)
+        if outcome.absent and not await self._is_current(job):
+            self._queue.add(job.key)
+            return "requeue"
         for manifest in outcome.apply:
             if (refusal := await self._apply(job, observed, manifest)) is not None:
                 return refusal
@@ -187,6 +194,12 @@ class Controller:
             logger.warning("Job %s/%s will not go with its FineTuneJob: %s", job.namespace, child.name, error)
         else:
             logger.info("gave Job %s/%s its owner back", job.namespace, child.name)
+
+    async def _is_current(self, job: JobView) -> bool:
+        """Return whether the API server has the FineTuneJob as it was seen: a Job for one that is gone would be a second one."""
+        await self._refresh(job)
+        record = self._store.jobs.find(job.key)
+        return record is not None and (record.uid, str(record.version)) == (job.uid, job.resource_version)
 
     async def _find_taken(self, job: JobView, outcome: Outcome) -> RawObject | None:
         """Return a Job that has a name which must not exist, or which is to be applied and is another's."""
@@ -289,7 +302,10 @@ class Controller:
         logger.warning("%s of FineTuneJob %s/%s is refused: %s", subject, *job.key, message)
         refused = refuse(job, observed, subject=subject, message=message, now=self._clock(), settings=self._settings)
         await self._conclude(job, refused)
-        self._queue.retry(job.key)
+        if _TERMINATING in message:
+            self._queue.add_after(job.key, _TERMINATING_SECONDS)
+        else:
+            self._queue.retry(job.key)
 
     async def _inspect(self, job: JobView, child: ChildView) -> None:
         """Look why a Job has no pod; what is found is evidence for the next decision."""

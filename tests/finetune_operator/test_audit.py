@@ -194,6 +194,26 @@ async def test_object_deleted_since_the_list_is_no_alarm(bench: Bench, objects: 
     assert bench.audits() == ["clean"]
 
 
+async def test_object_that_is_deleted_while_its_watch_is_away_is_purged_and_no_alarm(bench: Bench, objects: Any) -> None:
+    """It was listed as it changed, and neither that nor its deletion arrives."""
+    bench.has(objects.job())
+    bench.store.observe(Kind.JOB, objects.child(version=50))
+    bench.has(objects.child(version=60), kind=Kind.JOB, is_seen=False)
+    bench.later = [(3, bench.truth[Kind.JOB].clear)]
+    await bench.auditor.audit()
+
+    assert (len(bench.store.children), bench.audits()) == (0, ["repaired"])
+    assert bench.now < 15
+
+
+async def test_object_that_came_and_went_while_its_watch_was_away_is_no_alarm(bench: Bench, objects: Any) -> None:
+    bench.has(objects.child(version=60), kind=Kind.JOB, is_seen=False)
+    bench.later = [(3, bench.truth[Kind.JOB].clear)]
+    await bench.auditor.audit()
+
+    assert bench.audits() == ["clean"]
+
+
 async def test_workers_wait_until_all_kinds_are_seen(bench: Bench, objects: Any) -> None:
     bench.has(objects.job())
     raw = bench.has(objects.child(), kind=Kind.JOB, is_seen=False)

@@ -408,6 +408,41 @@ async def test_attempt_whose_deletion_was_only_seen_is_checked_before_the_next(b
     assert bench.results()["requeue"] == 1
 
 
+@pytest.mark.parametrize("is_gone", [True, False])
+async def test_next_attempt_is_not_created_for_a_job_that_is_gone_or_suspended_unseen(bench: Bench, *, is_gone: bool) -> None:
+    bench.show(bench.objects.job())
+    await bench.wake()
+    child = next(iter(bench.store.children))
+    bench.store.observe(Kind.JOB, bench.cluster.objects.pop((Kind.JOB, child.key)), is_deleted=True)
+    hidden = bench.cluster.objects.pop((Kind.FINETUNEJOB, _KEY))
+    if not is_gone:
+        bench.cluster.put(Kind.FINETUNEJOB, hidden | {"spec": hidden["spec"] | {"suspend": True}})
+    requests = await bench.wake()
+
+    assert not any(each.startswith("apply") for each in requests), requests
+    assert (0 if is_gone else 1) == len(bench.store.jobs)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_tried"),
+    [
+        pytest.param("over quota", True, id="for another reason"),
+        pytest.param("unable to create new content in namespace team because it is being terminated", False, id="as it goes"),
+    ],
+)
+async def test_refusal_of_a_namespace_that_goes_is_not_tried_again_soon(bench: Bench, message: str, *, is_tried: bool) -> None:
+    bench.cluster.failures["apply"] = [RefusedError(message, status=403, reason="Forbidden")]
+    bench.show(bench.objects.job())
+    await bench.wake()
+    bench.now += 5
+    requests = await bench.work()
+
+    assert is_tried == any(each.startswith("apply") for each in requests)
+    bench.now += 30
+    await bench.work()
+    assert "Pending" == bench.state
+
+
 async def test_pause_that_the_decision_asks_for_is_kept(bench: Bench) -> None:
     bench.show(bench.objects.job())
     await bench.wake()
