@@ -184,14 +184,18 @@ def start(config: TrainerConfig, folder: Path) -> "subprocess.Popen[str]":
 
 @pytest.mark.slow
 def test_processes_that_are_killed_at_random_instants(
-    config: TrainerConfig, unbroken: dict[str, torch.Tensor], run_job: Any, tmp_path: Path
+    config: TrainerConfig, unbroken: dict[str, torch.Tensor], run_job: Any, make_config: Any, tmp_path: Path
 ) -> None:
     generator = random.Random(SEED)
+    started_at = time.monotonic()
+    run_job(make_config(Path(config.dataset_path), output="timed", **SPEC))
+    # Two attempts of a third of the whole run at most: each is killed while it has work left.
+    longest = (time.monotonic() - started_at) / 3
 
     for attempt, number in enumerate((signal.SIGTERM, signal.SIGKILL), start=1):
         process = start(config.model_copy(update={"attempt": attempt}), tmp_path)
         wait_for_claim(config, attempt, process)
-        time.sleep(generator.uniform(0.0, 1.5))
+        time.sleep(generator.uniform(0.0, longest))
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == (ExitCode.PREEMPTED if number == signal.SIGTERM else -signal.SIGKILL), errors
