@@ -161,7 +161,7 @@ def _use_without_operator(world: World, held: str) -> list[str]:
     path = f"{finetunejobs(_NAMESPACE)}/{names[-1]}"
     world.client.merge(path, {"spec": {"runPolicy": {"ttlSecondsAfterFinished": 86_400}}})
     # What the CRD says of a FineTuneJob that no operator has looked at.
-    assert world.client.get(path)["status"] == {"observedGeneration": -1}, "an operator runs that should not"
+    assert world.client.get(path)["status"]["observedGeneration"] == -1, "an operator runs that should not"
     world.client.delete(path)
     wait_until(lambda: not _exists(world.client, path), what="a FineTuneJob is deleted without its operator", seconds=60)
     assert read_state(world.client.get(f"{finetunejobs(_NAMESPACE)}/{held}")) == "Running"
