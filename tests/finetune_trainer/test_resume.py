@@ -187,6 +187,7 @@ def test_processes_that_are_killed_at_random_instants(
     config: TrainerConfig, unbroken: dict[str, torch.Tensor], run_job: Any, make_config: Any, tmp_path: Path
 ) -> None:
     generator = random.Random(SEED)
+    # Timed is a run of its own: the first of a process, which `unbroken` may be, loads modules as well.
     started_at = time.monotonic()
     run_job(make_config(Path(config.dataset_path), output="timed", **SPEC))
     # Two attempts of a third of the whole run at most: each is killed while it has work left.
